@@ -1,0 +1,43 @@
+# make demo | test | proto | model | serve-config | clean. Each sets up what it needs in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint proto model clean
+
+demo: $(STAMP)
+	$(BIN)/kvstore demo --out demo-out --json demo-out/demo.json
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Trains the demo model again (about 25 minutes on two cores); tests never do.
+model: $(STAMP)
+	$(BIN)/python -m kvstore_workers.demo_model.train
+
+# Writes the generated code again, with the oldest grpcio-tools whose output engines can load.
+proto: .gen-venv/.installed
+	.gen-venv/bin/python -m grpc_tools.protoc -Ikvstore/api/v1=proto/kvstore/v1 \
+	  --plugin=protoc-gen-mypy=.gen-venv/bin/protoc-gen-mypy \
+	  --plugin=protoc-gen-mypy_grpc=.gen-venv/bin/protoc-gen-mypy_grpc \
+	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
+	  kvstore/api/v1/kvstore.proto
+
+.gen-venv/.installed: deploy/constraints-proto.txt
+	$(PYTHON) -m venv .gen-venv
+	.gen-venv/bin/python -m pip install --quiet -r deploy/constraints-proto.txt
+	touch $@
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .gen-venv demo-out build *.egg-info

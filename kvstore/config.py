@@ -1,0 +1,267 @@
+"""Every setting of a node, declared once: type, unit, default, meaning.
+
+A value comes from a flag, else from the environment (`KVSTORE_MEMORY__CAPACITY_BYTES`), else from
+the file, else from here. Unknown and bad values refuse to start, and name the field. The sample
+file (`kvstore config`) and the flags of `kvstore serve` are made from this tree.
+"""
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from kvstore.api.errors import ConfigError
+from kvstore.api.wire import MESSAGE_BYTES
+from kvstore.codec import CODECS
+from kvstore.tiers.segment_log import LEAST_SEGMENTS
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+
+def _codec_name(name: str) -> str:
+    if name not in CODECS:
+        raise ValueError(f"must be one of {', '.join(CODECS)}")
+    return name
+
+
+def _host_and_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT, with port 0 for any free one")
+    return value
+
+
+Codec = Annotated[str, AfterValidator(_codec_name)]
+Listen = Annotated[str, AfterValidator(_host_and_port)]
+
+
+def data_home() -> Path:
+    """Where a node keeps its files unless it is told otherwise (XDG base directories)."""
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(home) / "kvstore"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ServerSettings(_Section):
+    """The gRPC port."""
+
+    listen: Listen = Field("127.0.0.1:7070", description="HOST:PORT of gRPC; port 0: any free one")
+    metrics_listen: Listen | None = Field(
+        "127.0.0.1:9464", description="HOST:PORT of /metrics; empty: none"
+    )
+    max_message_bytes: ByteSize = Field(
+        ByteSize(MESSAGE_BYTES), ge=2 * _MIB, le=64 * _MIB, description="larger ones are refused"
+    )
+    max_concurrent_calls: int = Field(
+        256, ge=1, le=65536, description="calls beyond it get RESOURCE_EXHAUSTED at once"
+    )
+    drain_timeout_s: float = Field(
+        10.0, ge=0, le=600, description="how long calls may finish and memory be flushed at a stop"
+    )
+    reflection: bool = Field(False, description="gRPC reflection, for exploring with grpcurl")
+
+
+class AuthSettings(_Section):
+    """Who may call."""
+
+    tokens_file: Path | None = Field(
+        None,
+        description="hashes of bearer tokens (kvstore token); empty: one local tenant, "
+        "and only on loopback",
+    )
+
+
+class ClusterSettings(_Section):
+    """What this node is among others."""
+
+    node_id: str = Field(
+        "", max_length=63, pattern=r"^[A-Za-z0-9._-]*$", description="empty: host name and port"
+    )
+    secret_file: Path | None = Field(
+        None,
+        description="32 secret bytes from which stored names derive, the same on all nodes that "
+        "share Redis; empty: made once, beside disk.path",
+    )
+
+
+class MemorySettings(_Section):
+    """The memory tier."""
+
+    capacity_bytes: ByteSize = Field(
+        ByteSize(_GIB), ge=64 * 1024, description="taken from the system at start"
+    )
+    slab_bytes: ByteSize = Field(
+        ByteSize(64 * _MIB), ge=4096, description="granule of the arena and largest block"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MemorySettings":
+        if self.slab_bytes > self.capacity_bytes:
+            raise ValueError("slab_bytes: must not exceed capacity_bytes")
+        return self
+
+
+class RedisSettings(_Section):
+    """The Redis tier and the directory of the cluster."""
+
+    blocks_url: str | None = Field(
+        None,
+        pattern=r"^$|^(redis|rediss|unix)://",
+        description="redis://, rediss:// or unix:// URL of the server that keeps blocks; "
+        "empty: no Redis tier",
+    )
+    directory_url: str | None = Field(
+        None,
+        pattern=r"^$|^(redis|rediss|unix)://",
+        description="the server in which nodes find each other; empty: none",
+    )
+    capacity_bytes: ByteSize = Field(
+        ByteSize(0), ge=0, description="stop adding once the server holds this; 0: its own limit"
+    )
+    part_bytes: ByteSize = Field(
+        ByteSize(2 * _MIB), ge=4096, le=64 * _MIB, description="values are split into such parts"
+    )
+    ttl_s: int = Field(86400, ge=1, description="a block expires so long after its last store")
+    lookup_timeout_s: float = Field(0.05, gt=0, le=60, description="later answers are misses")
+    timeout_s: float = Field(1.0, gt=0, le=60, description="for a batch of blocks")
+    codec: Codec = Field("bitshuffle-lz4", description=f"one of {', '.join(CODECS)}")
+
+
+class DiskSettings(_Section):
+    """The disk tier."""
+
+    enabled: bool = Field(True, description="false: no disk tier, and nothing survives a restart")
+    path: Path = Field(default_factory=lambda: data_home() / "blocks", description="directory")
+    capacity_bytes: ByteSize = Field(ByteSize(10 * _GIB), ge=4 * 65536, description="hard limit")
+    segment_bytes: ByteSize = Field(
+        ByteSize(256 * _MIB), ge=65536, description="size of one file; room comes file by file"
+    )
+    seal_after_s: float = Field(
+        30.0, gt=0, le=86400, description="what was written is on the device after this at latest"
+    )
+    lookup_timeout_s: float = Field(0.05, gt=0, le=60, description="later answers are misses")
+    timeout_s: float = Field(5.0, gt=0, le=60, description="for a batch of blocks")
+    threads: int = Field(4, ge=1, le=64, description="for files and codecs")
+    codec: Codec = Field("bitshuffle-lz4", description=f"one of {', '.join(CODECS)}")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DiskSettings":
+        if self.segment_bytes * LEAST_SEGMENTS > self.capacity_bytes:
+            raise ValueError(f"segment_bytes: {LEAST_SEGMENTS} of them must fit capacity_bytes")
+        return self
+
+
+class LeaseSettings(_Section):
+    """What Match may promise."""
+
+    memory_fraction: float = Field(
+        0.5, ge=0, le=0.9, description="of memory.capacity_bytes that leases may keep"
+    )
+    max_lease_s: float = Field(60.0, gt=0, le=3600, description="longer wishes are shortened")
+
+
+class Settings(_Section):
+    """All settings of a node."""
+
+    server: ServerSettings = Field(default_factory=ServerSettings)
+    auth: AuthSettings = Field(default_factory=AuthSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+    memory: MemorySettings = Field(default_factory=MemorySettings)
+    redis: RedisSettings = Field(default_factory=RedisSettings)
+    disk: DiskSettings = Field(default_factory=DiskSettings)
+    leases: LeaseSettings = Field(default_factory=LeaseSettings)
+
+    @model_validator(mode="after")
+    def _guarded(self) -> "Settings":
+        if self.auth.tokens_file is None and not _is_loopback(self.server.listen):
+            raise ValueError(
+                f"server.listen: {self.server.listen} is reachable from other hosts: set "
+                "auth.tokens_file, or listen on 127.0.0.1"
+            )
+        return self
+
+
+def _is_loopback(listen: str) -> bool:
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def fields() -> Iterator[tuple[str, str, FieldInfo]]:
+    """Section, name and declaration of every setting."""
+    for section, info in Settings.model_fields.items():
+        assert isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        for name, field in info.annotation.model_fields.items():
+            yield section, name, field
+
+
+def load_settings(
+    file: Path | None, environ: Mapping[str, str], flags: Mapping[tuple[str, str], str]
+) -> Settings:
+    """The settings from flags over environment over file. Raises ConfigError, naming each field."""
+    values: dict[str, dict[str, Any]] = {}
+    sources = [_from_file(file) if file else {}, _from_environment(environ), flags]
+    for source in sources:
+        for (section, name), value in source.items():
+            values.setdefault(section, {})[name] = None if value == "" else value
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _from_file(path: Path) -> dict[tuple[str, str], Any]:
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    settings: dict[tuple[str, str], Any] = {}
+    for section, table in content.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {section}: settings stand in tables, such as [memory]")
+        settings |= {(section, name): value for name, value in table.items()}
+    return settings
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    settings: dict[tuple[str, str], str] = {}
+    for variable, value in environ.items():
+        section, separator, name = variable.removeprefix("KVSTORE_").lower().partition("__")
+        if variable.startswith("KVSTORE_") and separator:
+            settings[section, name] = value
+    return settings
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "there is no such setting; `kvstore config` lists all"
+    else:
+        message = f"{message}, got {problem['input']!r}" if not _is_tree(problem) else message
+    return f"{field}: {message}" if field else message
+
+
+def _is_tree(problem: Any) -> bool:
+    return isinstance(problem["input"], dict | BaseModel)

@@ -1,0 +1,128 @@
+"""Every metric of a node, declared once. Labels come from closed sets, never from tenants."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.registry import Collector
+
+from kvstore.api.tier import Usage
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class Metrics:
+    """The metrics of one node, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Refresher(self))  # First, so that gauges are fresh when collected.
+        self.requests = self._counter(
+            "requests", "Calls answered, by operation and gRPC status.", "op", "status"
+        )
+        self.request_seconds = Histogram(
+            "kvstore_request_seconds",
+            "Time from a call's arrival to its last byte.",
+            ["op"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.tier_operations = self._counter(
+            "tier_operations",
+            "Blocks asked of a tier, by result: hit or miss, held or refused.",
+            "tier", "op", "result",
+        )  # fmt: skip
+        self.tier_seconds = Histogram(
+            "kvstore_tier_seconds",
+            "Time that one batch took in a tier.",
+            ["tier", "op"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.tier_bytes = self._counter(
+            "tier_bytes", "Bytes of blocks that a tier delivered or took.", "tier", "op"
+        )
+        self.tier_errors = self._counter(
+            "tier_errors",
+            "Batches that became misses: error, late or open.",
+            "tier",
+            "cause",
+        )
+        self.corrupt = self._counter(
+            "corrupt", "Blocks dropped because their bytes were not as written.", "tier"
+        )
+        self.evicted_blocks = self._counter(
+            "evicted_blocks", "Blocks that left memory: demoted, or dropped for good.", "fate"
+        )
+        self.promoted_blocks = self._counter(
+            "promoted_blocks", "Blocks copied from a slower tier into memory.", "tier"
+        )
+        self.disk_orphans = self._counter(
+            "disk_orphans", "Blocks that the disk refused because their parent is not on it."
+        )
+        self.disk_segments_dropped = self._counter(
+            "disk_segments_dropped", "Segments deleted to make room."
+        )
+        self.disk_forwarded_bytes = self._counter(
+            "disk_forwarded_bytes", "Bytes written again so that hot blocks outlive their segment."
+        )
+        self.matched_blocks = self._counter("matched_blocks", "Blocks that Match found.")
+        self.asked_blocks = self._counter("asked_blocks", "Blocks that Match was asked for.")
+        self.hints = self._counter("hints", "Reuse hints received.", "reuse")
+        self._usage: Callable[[], list[Usage]] = list
+        self._lease_totals: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self.tier_used_bytes = self._gauge("tier_used_bytes", "Bytes in use.", "tier")
+        self.tier_capacity_bytes = self._gauge(
+            "tier_capacity_bytes", "The limit; 0: not known here.", "tier"
+        )
+        self.tier_blocks = self._gauge("tier_blocks", "Blocks in the tier.", "tier")
+        self.leases = self._gauge("leases", "Leases that hold now.")
+        self.leased_bytes = self._gauge("leased_bytes", "Bytes of memory that leases keep.")
+
+    def follow(
+        self, usage: Callable[[], list[Usage]], lease_totals: Callable[[], tuple[int, int]]
+    ) -> None:
+        """From now on the gauges say what these say: tiers, and count and bytes of leases."""
+        self._usage = usage
+        self._lease_totals = lease_totals
+
+    def refresh(self) -> None:
+        """Brings the gauges up to date."""
+        for tier in self._usage():
+            self.tier_used_bytes.labels(tier.tier).set(tier.used_bytes)
+            self.tier_capacity_bytes.labels(tier.tier).set(tier.capacity_bytes)
+            self.tier_blocks.labels(tier.tier).set(tier.blocks)
+        leases, leased_bytes = self._lease_totals()
+        self.leases.set(leases)
+        self.leased_bytes.set(leased_bytes)
+
+    def samples(self) -> dict[str, float]:
+        """All counters and gauges by their exposed name and labels."""
+        samples: dict[str, float] = {}
+        for family in self.registry.collect():
+            if family.type in ("counter", "gauge"):
+                for sample in family.samples:
+                    if not sample.name.endswith("_created"):
+                        labels = ",".join(f'{k}="{v}"' for k, v in sample.labels.items())
+                        name = f"{sample.name}{{{labels}}}" if labels else sample.name
+                        samples[name] = sample.value
+        return samples
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(f"kvstore_{name}", meaning, labels, registry=self.registry)
+
+    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(f"kvstore_{name}", meaning, labels, registry=self.registry)
+
+
+class _Refresher(Collector):
+    """Brings gauges up to date whenever metrics are read."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        self._metrics.refresh()
+        return []

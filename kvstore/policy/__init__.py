@@ -1,0 +1,1 @@
+"""Eviction policies: plain bookkeeping that says which block goes next."""

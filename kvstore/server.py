@@ -1,0 +1,291 @@
+"""A node as a running server: the expression of its tiers, its gRPC port, its end."""
+
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+from redis.asyncio import Redis
+
+from kvstore.api.clock import Clock, SystemClock
+from kvstore.api.errors import ConfigError
+from kvstore.api.tier import Tier
+from kvstore.api.v1 import kvstore_pb2, kvstore_pb2_grpc
+from kvstore.codec import CODECS
+from kvstore.config import ClusterSettings, DiskSettings, RedisSettings, Settings, data_home
+from kvstore.directory import Directory
+from kvstore.events import Draining, Events, SegmentSealed
+from kvstore.files import DirectoryFiles
+from kvstore.leases import LeaseTable
+from kvstore.metrics import Metrics
+from kvstore.names import SECRET_BYTES
+from kvstore.node import Node
+from kvstore.policy.lru import Lru
+from kvstore.runner import Runner, ThreadRunner
+from kvstore.servicer import Servicer
+from kvstore.tenants import Tenants
+from kvstore.tiers.beside import Beside
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.guarded import Guarded
+from kvstore.tiers.measured import Measured
+from kvstore.tiers.memory import Memory
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.tiered import Tiered
+
+SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStore"].full_name
+KEEPALIVE_MS = 10_000
+KEEPALIVE_LEAST_MS = 5_000
+REDIS_CONNECTIONS = 16
+
+
+class NodeServer:
+    """A node that serves. `await NodeServer.start(settings)`, later `await server.stop()`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        node: Node,
+        grpc_server: grpc.aio.Server,
+        health_servicer: health.aio.HealthServicer,
+        runner: Runner,
+        closers: list[Callable[[], Any]],
+        port: int,
+    ) -> None:
+        self._settings = settings
+        self.node = node
+        self._grpc = grpc_server
+        self._health = health_servicer
+        self._runner = runner
+        self._closers = closers
+        self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
+        self.metrics_endpoint = ""
+
+    @classmethod
+    async def start(cls, settings: Settings, clock: Clock | None = None) -> "NodeServer":
+        """A server that answers. Raises ConfigError, naming the setting, if it cannot."""
+        clock = clock or SystemClock()
+        metrics, events = Metrics(), Events()
+        tenants = _tenants(settings)
+        secret = _cluster_secret(settings.cluster, settings.disk)
+        runner = ThreadRunner(settings.disk.threads)
+        closers: list[Callable[[], Any]] = []
+        slow = await _slow_tiers(settings, runner, clock, metrics, events, closers)
+        memory = Memory(settings.memory.capacity_bytes, settings.memory.slab_bytes, Lru())
+        leased_bytes = int(settings.memory.capacity_bytes * settings.leases.memory_fraction)
+        grpc_server = grpc.aio.server(
+            options=_grpc_options(settings),
+            maximum_concurrent_rpcs=settings.server.max_concurrent_calls,
+        )
+        port = _listen(grpc_server, settings.server.listen)
+        node_id = settings.cluster.node_id or f"{socket.gethostname()}-{port}"
+        node = Node(
+            node_id=node_id,
+            secret=secret,
+            tiers=Tiered(memory, slow, metrics),
+            leases=LeaseTable(leased_bytes),
+            max_lease_s=settings.leases.max_lease_s,
+            events=events,
+            clock=clock,
+            metrics=metrics,
+        )
+        health_servicer = health.aio.HealthServicer()
+        server = cls(settings, node, grpc_server, health_servicer, runner, closers, port)
+        await server._serve(tenants)
+        return server
+
+    async def _serve(self, tenants: Tenants) -> None:
+        settings = self._settings
+        directory = None
+        if settings.redis.directory_url:
+            client = _redis(settings.redis.directory_url, settings.redis.timeout_s)
+            directory = Directory(client, self.node.clock, self.node.node_id, self.endpoint)
+            self._closers.append(directory.close)
+        servicer = Servicer(
+            self.node,
+            tenants,
+            max_message_bytes=settings.server.max_message_bytes,
+            directory=directory,
+        )
+        kvstore_pb2_grpc.add_KVStoreServicer_to_server(servicer, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        if settings.server.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._grpc)
+        await self._grpc.start()
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        if settings.server.metrics_listen:
+            self._serve_metrics(settings.server.metrics_listen)
+
+    def _serve_metrics(self, listen: str) -> None:
+        host, _, port = listen.rpartition(":")
+        metrics = self.node.metrics
+        try:
+            http, _ = start_http_server(int(port), host.strip("[]"), metrics.registry)
+        except OSError as error:
+            raise ConfigError(f"server.metrics_listen: {listen}: {error.strerror}") from None
+        self.metrics_endpoint = f"{host}:{http.server_port}"
+
+        def stop() -> None:
+            http.shutdown()
+            http.server_close()
+
+        self._closers.append(stop)
+
+    async def stop(self) -> None:
+        """Drains: takes nothing new, lets calls finish, flushes memory, closes everything."""
+        grace_s = self._settings.server.drain_timeout_s
+        await self._health.enter_graceful_shutdown()
+        self.node.draining = True
+        self.node.events.publish(Draining())
+        await self._grpc.stop(grace_s / 2)
+        await self.node.close(flush_timeout_s=grace_s / 2)
+        for close in reversed(self._closers):
+            pending = close()
+            if pending is not None:
+                await pending
+        self._runner.close()
+
+
+async def _slow_tiers(
+    settings: Settings,
+    runner: Runner,
+    clock: Clock,
+    metrics: Metrics,
+    events: Events,
+    closers: list[Callable[[], Any]],
+) -> Tier | None:
+    """What lies below memory: Redis beside the disk, one of them, or nothing."""
+    redis = disk = None
+    if settings.redis.blocks_url:
+        redis = _guarded(
+            _redis_tier(settings.redis, runner, clock, metrics), settings.redis, clock, metrics
+        )
+    if settings.disk.enabled:
+        files = DirectoryFiles(settings.disk.path)
+        closers.append(files.shut)
+        tier = await _disk_tier(settings.disk, files, runner, clock, metrics, events)
+        disk = _guarded(tier, settings.disk, clock, metrics)
+    if redis is not None and disk is not None:
+        return Beside(redis, disk)
+    return redis or disk
+
+
+def _guarded(
+    tier: Tier, settings: RedisSettings | DiskSettings, clock: Clock, metrics: Metrics
+) -> Tier:
+    return Guarded(
+        Measured(tier, clock, metrics),
+        lookup_timeout_s=settings.lookup_timeout_s,
+        timeout_s=settings.timeout_s,
+        clock=clock,
+        metrics=metrics,
+    )
+
+
+def _redis_tier(settings: RedisSettings, runner: Runner, clock: Clock, metrics: Metrics) -> Tier:
+    assert settings.blocks_url
+    return RedisTier(
+        _redis(settings.blocks_url, settings.timeout_s),
+        CODECS[settings.codec](),
+        runner,
+        clock,
+        metrics,
+        capacity_bytes=settings.capacity_bytes,
+        part_bytes=settings.part_bytes,
+        ttl_s=settings.ttl_s,
+    )
+
+
+async def _disk_tier(
+    settings: DiskSettings,
+    files: DirectoryFiles,
+    runner: Runner,
+    clock: Clock,
+    metrics: Metrics,
+    events: Events,
+) -> DiskTier:
+    return await DiskTier.open(
+        files,
+        CODECS[settings.codec](),
+        runner,
+        clock,
+        metrics,
+        capacity_bytes=settings.capacity_bytes,
+        segment_bytes=settings.segment_bytes,
+        seal_after_s=settings.seal_after_s,
+        on_sealed=lambda *sealed: events.publish(SegmentSealed(*sealed)),
+    )
+
+
+def _redis(url: str, timeout_s: float) -> Redis:
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            max_connections=REDIS_CONNECTIONS,
+        )
+    except ValueError as error:
+        raise ConfigError(f"redis: {error}") from None
+
+
+def _tenants(settings: Settings) -> Tenants:
+    path = settings.auth.tokens_file
+    return Tenants.from_file(path) if path is not None else Tenants()
+
+
+def _cluster_secret(cluster: ClusterSettings, disk: DiskSettings) -> bytes:
+    """The secret of the named file, or of one that this host makes once for itself."""
+    if cluster.secret_file is not None:
+        return _read_secret(cluster.secret_file)
+    home = disk.path.parent if disk.enabled else data_home()
+    path = home / "cluster.secret"
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return _read_secret(path)
+    except OSError as error:
+        raise ConfigError(f"cluster.secret_file: {path}: {error.strerror}") from None
+    with os.fdopen(handle, "wb") as file:
+        file.write(secrets.token_bytes(SECRET_BYTES))
+    return _read_secret(path)
+
+
+def _read_secret(path: Path) -> bytes:
+    try:
+        secret = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cluster.secret_file: {path}: {error.strerror}") from None
+    if len(secret) != SECRET_BYTES:
+        raise ConfigError(
+            f"cluster.secret_file: {path}: {SECRET_BYTES} bytes are needed, got {len(secret)}; "
+            f"make one with: head -c {SECRET_BYTES} /dev/urandom"
+        )
+    return secret
+
+
+def _listen(server: grpc.aio.Server, listen: str) -> int:
+    try:
+        return server.add_insecure_port(listen)
+    except RuntimeError:
+        raise ConfigError(f"server.listen: {listen} is taken or not of this host") from None
+
+
+def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.server.max_message_bytes),
+        ("grpc.max_send_message_length", settings.server.max_message_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_LEAST_MS),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_LEAST_MS),
+    ]

@@ -1,0 +1,54 @@
+"""Two slower tiers side by side: reads take the first that has a block, writes go to both."""
+
+import asyncio
+from collections.abc import Sequence
+
+from kvstore.api.tier import Block, BlockRef, Load, Loaded, Tier, Usage
+
+
+class Beside:
+    """`first` and `second` as one tier. `first` is the one that is cheaper to read.
+
+    A block that `first` turns out not to have, or to have damaged, is asked of `second`.
+    """
+
+    name = "beside"
+
+    def __init__(self, first: Tier, second: Tier) -> None:
+        self._first = first
+        self._second = second
+
+    async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
+        first, second = await asyncio.gather(self._first.locate(refs), self._second.locate(refs))
+        return [a or b for a, b in zip(first, second, strict=True)]
+
+    async def wants(self, refs: Sequence[BlockRef]) -> list[bool]:
+        first, second = await asyncio.gather(self._first.wants(refs), self._second.wants(refs))
+        return [a or b for a, b in zip(first, second, strict=True)]
+
+    async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
+        answers = await self._first.load(loads)
+        missing = [index for index, answer in enumerate(answers) if answer is None]
+        if missing:
+            late = await self._second.load([loads[index] for index in missing])
+            for index, answer in zip(missing, late, strict=True):
+                answers[index] = answer
+        return answers
+
+    async def store(self, blocks: Sequence[Block]) -> list[bool]:
+        first, second = await asyncio.gather(self._first.store(blocks), self._second.store(blocks))
+        return [a or b for a, b in zip(first, second, strict=True)]
+
+    async def discard(self, refs: Sequence[BlockRef]) -> int:
+        return sum(await asyncio.gather(self._first.discard(refs), self._second.discard(refs)))
+
+    async def clear(self, namespace: bytes) -> int:
+        return sum(
+            await asyncio.gather(self._first.clear(namespace), self._second.clear(namespace))
+        )
+
+    def usage(self) -> list[Usage]:
+        return [*self._first.usage(), *self._second.usage()]
+
+    async def close(self) -> None:
+        await asyncio.gather(self._first.close(), self._second.close())

@@ -1,0 +1,257 @@
+"""Memory over a slower tier, as one tier.
+
+What memory evicts is demoted; what a match finds below is promoted. Demotion writes a block's
+ancestors before the block, so that whatever lies below can be matched from its start.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from kvstore.api.tier import Block, BlockRef, Load, Loaded, Tier, Usage
+from kvstore.metrics import Metrics
+from kvstore.tiers.memory import Memory, Slot
+
+BATCH_BYTES = 64 << 20
+"""At most about this much goes to the slower tier at once, so that its deadline can hold."""
+
+
+class Want(NamedTuple):
+    """A block that shall be in memory. Its parent is what demotion will need to know."""
+
+    ref: BlockRef
+    parent: BlockRef | None
+    size: int
+
+
+class Acquired(NamedTuple):
+    """A block in memory, pinned for the caller, and the tier in which it lay before."""
+
+    slot: Slot
+    tier: str
+
+
+class Tiered:
+    """`memory` over `slow`; without `slow`, what memory evicts is gone.
+
+    One promotion per block however many ask: later callers wait for the first one's.
+    """
+
+    name = "tiered"
+
+    def __init__(self, memory: Memory, slow: Tier | None, metrics: Metrics) -> None:
+        self.memory = memory
+        self._slow = slow
+        self._metrics = metrics
+        self._promoting: dict[BlockRef, asyncio.Task[dict[BlockRef, Acquired]]] = {}
+        self._making_room = asyncio.Lock()
+        self._demote_bytes = min(max(1, memory.capacity_bytes // 16), BATCH_BYTES)
+
+    async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
+        places: list[str | None] = await self.memory.locate(refs)
+        missing = [index for index, place in enumerate(places) if place is None]
+        if missing and self._slow is not None:
+            below = await self._slow.locate([refs[index] for index in missing])
+            for index, place in zip(missing, below, strict=True):
+                places[index] = place
+        return places
+
+    async def wants(self, refs: Sequence[BlockRef]) -> list[bool]:
+        return [place is None for place in await self.locate(refs)]
+
+    async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
+        """Fills the buffers without promoting: that needs the chain, see `acquire`."""
+        answers = await self.memory.load(loads)
+        missing = [index for index, answer in enumerate(answers) if answer is None]
+        if missing and self._slow is not None:
+            below = await self._slow.load([loads[index] for index in missing])
+            for index, answer in zip(missing, below, strict=True):
+                answers[index] = answer
+        return answers
+
+    async def store(self, blocks: Sequence[Block]) -> list[bool]:
+        held = []
+        for block in blocks:
+            slot = await self.reserve(block.ref, len(block.data))
+            if slot is not None:
+                slot.view[:] = block.data
+                self.memory.commit(slot, block.parent, block.digest)
+            held.append(slot is not None)
+        self.memory.touch([block.ref for block in blocks])
+        return held
+
+    async def discard(self, refs: Sequence[BlockRef]) -> int:
+        below = await self._slow.discard(refs) if self._slow is not None else 0
+        return below + await self.memory.discard(refs)
+
+    async def clear(self, namespace: bytes) -> int:
+        below = await self._slow.clear(namespace) if self._slow is not None else 0
+        return below + await self.memory.clear(namespace)
+
+    def usage(self) -> list[Usage]:
+        return self.memory.usage() + (self._slow.usage() if self._slow is not None else [])
+
+    async def close(self) -> None:
+        if self._slow is not None:
+            await self._slow.close()
+        await self.memory.close()
+
+    # What the node builds on beside the tier's methods.
+
+    async def reserve(self, ref: BlockRef, size: int) -> Slot | None:
+        """An empty slot to fill and commit, demoting what is coldest; None if all is pinned."""
+        slot = self.memory.reserve(ref, size)
+        if slot is not None:
+            return slot
+        async with self._making_room:
+            while (slot := self.memory.reserve(ref, size)) is None:
+                victims = self.memory.coldest(size, self._demote_bytes)
+                if not victims or not await self._demote(victims):
+                    return None
+        return slot
+
+    async def acquire(self, wants: Sequence[Want]) -> list[Acquired | None]:
+        """The blocks in memory, promoted where needed and pinned; None for what is nowhere.
+
+        The caller unpins each slot that it got.
+        """
+        mine = [
+            want
+            for want in wants
+            if self.memory.find(want.ref) is None and want.ref not in self._promoting
+        ]
+        promotion = self._start_promotion(mine) if mine and self._slow is not None else None
+        others = {self._promoting[w.ref] for w in wants if w.ref in self._promoting} - {promotion}
+        if others:
+            await asyncio.wait(others)
+        promoted: dict[BlockRef, Acquired] = {}
+        if promotion is not None:
+            try:
+                promoted = await asyncio.shield(promotion)
+            except asyncio.CancelledError:
+                promotion.add_done_callback(self._unpin_all)
+                raise
+        return [promoted.get(want.ref) or self.pin(want) for want in wants]
+
+    def pin(self, want: Want) -> Acquired | None:
+        """The block, pinned, if it is in memory now."""
+        slot = self.memory.find(want.ref)
+        if slot is None or len(slot.view) != want.size:
+            return None
+        return Acquired(self.memory.pin(slot), self.memory.name)
+
+    def release(self, acquired: Iterable[Acquired]) -> None:
+        """Unpins what `acquire` pinned."""
+        for block in acquired:
+            self.memory.unpin(block.slot)
+
+    async def flush(self) -> None:
+        """Writes everything that only memory has to the slower tier; memory keeps its copies."""
+        if self._slow is not None:
+            await self._write_below([slot for slot in self.memory.slots() if slot.indexed])
+
+    def _start_promotion(self, wants: list[Want]) -> "asyncio.Task[dict[BlockRef, Acquired]]":
+        promotion = asyncio.create_task(self._promote(wants))
+        for want in wants:
+            self._promoting[want.ref] = promotion
+        return promotion
+
+    async def _promote(self, wants: list[Want]) -> dict[BlockRef, Acquired]:
+        reserved: list[tuple[Want, Slot]] = []
+        try:
+            for want in wants:
+                slot = await self.reserve(want.ref, want.size)
+                if slot is None:
+                    break
+                reserved.append((want, slot))
+            assert self._slow is not None
+            answers = await self._slow.load([Load(w.ref, slot.view) for w, slot in reserved])
+            return self._commit_promoted(reserved, answers)
+        except BaseException:
+            for _, slot in reserved:
+                self.memory.abort(slot)
+            raise
+        finally:
+            for want in wants:
+                del self._promoting[want.ref]
+
+    def _commit_promoted(
+        self, reserved: list[tuple[Want, Slot]], answers: list[Loaded | None]
+    ) -> dict[BlockRef, Acquired]:
+        promoted: dict[BlockRef, Acquired] = {}
+        for (want, slot), loaded in zip(reserved, answers, strict=True):
+            if loaded is None:
+                self.memory.abort(slot)
+                continue
+            kept = self.memory.commit(slot, want.parent, loaded.digest)
+            promoted[want.ref] = Acquired(self.memory.pin(kept), loaded.tier)
+            self._metrics.promoted_blocks.labels(loaded.tier).inc()
+        return promoted
+
+    def _unpin_all(self, promotion: "asyncio.Task[dict[BlockRef, Acquired]]") -> None:
+        if not promotion.cancelled() and promotion.exception() is None:
+            self.release(promotion.result().values())
+
+    async def _demote(self, victims: list[Slot]) -> bool:
+        """Writes the victims below and forgets them; False if none could go after all."""
+        for slot in victims:
+            self.memory.pin(slot)
+        held: set[BlockRef] = set()
+        try:
+            if self._slow is not None:
+                held = await self._write_below(victims)
+        finally:
+            for slot in victims:
+                self.memory.unpin(slot)
+        # Somebody may have pinned a victim while it was being written: that one stays.
+        gone = [slot for slot in victims if slot.indexed and not slot.pins]
+        for slot in gone:
+            fate = "demoted" if slot.ref in held else "dropped"
+            self._metrics.evicted_blocks.labels(fate).inc()
+            self.memory.evict(slot)
+        return bool(gone) or any(not slot.indexed for slot in victims)
+
+    async def _write_below(self, slots: Sequence[Slot]) -> set[BlockRef]:
+        """Stores slots and the ancestors that are missing below; the refs that lie there now."""
+        assert self._slow is not None
+        family = [self.memory.pin(slot) for slot in self._with_ancestors(slots)]
+        try:
+            refs = [slot.ref for slot in family]
+            wanted = await self._slow.wants(refs)
+            missing = [slot for slot, want in zip(family, wanted, strict=True) if want]
+            blocks = [Block(slot.ref, slot.parent, slot.digest, slot.view) for slot in missing]
+            refused: set[BlockRef] = set()
+            for batch in _batches(blocks):
+                held = await self._slow.store(batch)
+                refused |= {b.ref for b, kept in zip(batch, held, strict=True) if not kept}
+            return set(refs) - refused
+        finally:
+            for slot in family:
+                self.memory.unpin(slot)
+
+    def _with_ancestors(self, slots: Sequence[Slot]) -> list[Slot]:
+        """The slots and all their ancestors in memory, parents before children, each once."""
+        family: dict[BlockRef, Slot] = {}
+        for slot in slots:
+            line = [slot]
+            while (parent := line[-1].parent) is not None and parent not in family:
+                above = self.memory.find(parent)
+                if above is None:
+                    break
+                line.append(above)
+            for member in reversed(line):
+                family.setdefault(member.ref, member)
+        return list(family.values())
+
+
+def _batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+    batch: list[Block] = []
+    size = 0
+    for block in blocks:
+        batch.append(block)
+        size += len(block.data)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
