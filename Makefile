@@ -1,4 +1,4 @@
-# make demo | test | proto | model | serve-config | clean. Each sets up what it needs in .venv.
+# make demo | test | lint | proto | model | clean. Each sets up what it needs in .venv.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/kvstore demo --out demo-out --json demo-out/demo.json
 
-test: $(STAMP)
+test: $(STAMP) .gen-venv/.installed
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
