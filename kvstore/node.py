@@ -134,17 +134,24 @@ class Node:
         *,
         lease_s: float = 0.0,
         request_id: bytes = b"",
+        held_blocks: int = 0,
         hint: ReuseHint | None = None,
     ) -> Matched:
-        """The longest restorable prefix, leased as far as leases go, its promotion begun."""
+        """The longest restorable prefix, leased as far as leases go, its promotion begun.
+
+        The caller has the first `held_blocks` blocks itself: they count as here and are touched.
+        """
         self._count_hint(hint)
-        asked = (tuple(space_ids), tuple(keys), tuple(scopes))
+        asked = (tuple(space_ids), tuple(keys), tuple(scopes), held_blocks)
         earlier = self.leases.of_request(tenant.name, request_id) if request_id else None
         if earlier is not None and earlier.asked == asked:
             return Matched(earlier.blocks, self._runs(earlier), earlier)
         descriptors = [self.space(space_id) for space_id in space_ids]
         found = [await self._find(tenant, scopes, space_id, keys) for space_id in space_ids]
-        present = [[tier is not None for _, tier in row] for row in found]
+        present = [
+            [at < held_blocks or tier is not None for at, (_, tier) in enumerate(row)]
+            for row in found
+        ]
         length = longest_match(descriptors, present)
         self.metrics.asked_blocks.inc(len(keys))
         self.metrics.matched_blocks.inc(length)
@@ -155,14 +162,17 @@ class Node:
             expires_s=self.clock.monotonic_s() + min(lease_s, self._max_lease_s),
             asked=asked,
             blocks=length,
-            wants=[_wants(d, row, length) for d, row in zip(descriptors, found, strict=True)],
+            wants=[
+                _wants(d, row, held_blocks, length)
+                for d, row in zip(descriptors, found, strict=True)
+            ],
             tiers={ref: tier for row in found for ref, tier in row[:length] if tier is not None},
         )
-        for row in lease.wants:
-            self.tiers.memory.touch([want.ref for want in row], hint)
+        for row in found:
+            self.tiers.memory.touch([ref for ref, _ in row[:length]], hint)
         if earlier is not None:
             self._release(earlier)
-        if not length or lease_s <= 0:
+        if length <= held_blocks or lease_s <= 0:
             return Matched(length, self._runs(lease), None)
         self._grant(lease)
         return Matched(length, self._runs(lease), lease)
@@ -358,12 +368,13 @@ class Node:
 
 
 def _wants(
-    descriptor: SpaceDescriptor, row: list[tuple[BlockRef, str | None]], length: int
+    descriptor: SpaceDescriptor, row: list[tuple[BlockRef, str | None]], held: int, length: int
 ) -> list[Want]:
-    """The blocks of one space that a restore of `length` needs, each with its parent."""
+    """The blocks of one space that a restore from `held` to `length` needs, with their parents."""
     return [
         Want(row[block][0], row[block - 1][0] if block else None, descriptor.block_bytes)
         for block in needed(descriptor, length)
+        if block >= held
     ]
 
 

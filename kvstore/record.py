@@ -25,7 +25,7 @@ _HAS_PARENT = 1
 # magic, version, kind, codec, digest algorithm, flags, 2 reserved; sequence, block bytes,
 # stored bytes, created, expires; tag, name, parent, digest, payload digest; encryption key id
 # and nonce (zero: not encrypted); reserved; header digest.
-_LAYOUT = struct.Struct("<4sHBBBB2x5Q16s32s32s16s16s16s12s44x16s")
+_LAYOUT = struct.Struct("<4sHBBBB2x5Q16s32s32s16s16s16s12s48x16s")
 _DIGEST_OFFSET = HEADER_BYTES - 16
 
 

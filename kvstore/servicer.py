@@ -60,13 +60,16 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
             _check_count("space_ids", len(request.space_ids), 1, MAX_SPACES)
             _check_count("scopes", len(request.scopes), 0, MAX_SCOPES)
             _check_count("request_id", len(request.request_id), 0, MAX_ID_BYTES)
+            keys = unpack_keys(request.keys)
+            _check_count("held_blocks", request.held_blocks, 0, len(keys))
             matched = await self._node.match(
                 tenant,
                 [check_space_id(space_id) for space_id in request.space_ids],
-                unpack_keys(request.keys),
+                keys,
                 request.scopes,
                 lease_s=request.lease_ms / 1000,
                 request_id=request.request_id,
+                held_blocks=request.held_blocks,
                 hint=hint_from_wire(request.hint) if request.HasField("hint") else None,
             )
             reply = self._match_reply(matched)

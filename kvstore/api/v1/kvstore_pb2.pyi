@@ -244,12 +244,15 @@ class MatchRequest(_message.Message):
     SCOPES_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
+    HELD_BLOCKS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     """0–32 bytes; repeating one returns its lease; empty: always new"""
     keys: _builtins.bytes
     """the chain, parents first: 32 bytes each, at most 65,536"""
     lease_ms: _builtins.int
     """how long the lease shall hold; 0: no lease; clamped by the node"""
+    held_blocks: _builtins.int
+    """so many leading blocks the caller has itself: they count as"""
     @_builtins.property
     def space_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """1–64, 32 bytes each: one per rank and KV group"""
@@ -269,10 +272,11 @@ class MatchRequest(_message.Message):
         scopes: _abc.Iterable[_builtins.str] | None = ...,
         lease_ms: _builtins.int = ...,
         hint: Global___ReuseHint | None = ...,
+        held_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hint", b"hint", "keys", b"keys", "lease_ms", b"lease_ms", "request_id", b"request_id", "scopes", b"scopes", "space_ids", b"space_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_blocks", b"held_blocks", "hint", b"hint", "keys", b"keys", "lease_ms", b"lease_ms", "request_id", b"request_id", "scopes", b"scopes", "space_ids", b"space_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,9 +292,11 @@ class MatchReply(_message.Message):
     SPACES_FIELD_NUMBER: _builtins.int
     LOAD_ESTIMATE_US_FIELD_NUMBER: _builtins.int
     matched_blocks: _builtins.int
-    """the longest length that satisfies every space's rule"""
+    """the longest length that satisfies every space's rule;"""
     lease_id: _builtins.bytes
-    """empty: nothing leased"""
+    """held_blocks or more
+    empty: nothing leased
+    """
     lease_ms: _builtins.int
     """how long it holds from now; 0: nothing leased"""
     load_estimate_us: _builtins.int
@@ -350,7 +356,9 @@ class Run(_message.Message):
     tier: _builtins.str
     """where they lay: memory, redis, disk, …; empty: not needed"""
     leased: _builtins.bool
-    """true: stays until read, released or expired; false: likely"""
+    """by the space's rule, or held by the caller
+    true: stays until read, released or expired; false: likely
+    """
     def __init__(
         self,
         *,

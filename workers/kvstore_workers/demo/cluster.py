@@ -5,12 +5,15 @@ import secrets
 import socket
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from kvstore.api.errors import Unavailable
-from kvstore_client import Client, SegmentSealed
+from kvstore.api.v1.kvstore_pb2 import SegmentSealed
+from kvstore_client import Client
 from kvstore_workers.redis_server import RedisServer
 from kvstore_workers.request import Completion, Request
 from kvstore_workers.worker import WorkerConfig
@@ -35,6 +38,7 @@ class Cluster:
         self._block_bytes = block_bytes
         self._memory_blocks = memory_blocks
         self._port = _free_port()
+        self._endpoint = ""
         self._tokens = {tenant: secrets.token_urlsafe(32) for tenant in worker.tokens}
         self._redis = RedisServer(url=os.environ.get("KVSTORE_REDIS_URL"))
         self._sealed = threading.Event()
@@ -74,6 +78,12 @@ class Cluster:
         digests: dict[bytes, bytes] = self._ray.get(actor.spill_digests.remote())
         return digests
 
+    def counters(self) -> dict[str, dict[str, float]]:
+        """What the workers and the node have counted, for whoever wants to look deeper."""
+        stats = {name: self._ray.get(actor.stats.remote()) for name, actor in self._actors.items()}
+        with Client(self._endpoint, token=next(iter(self._tokens.values()))) as client:
+            return {**stats, "node": dict(client.status().counters)}
+
     def crash_and_restart(self) -> None:
         """Kills the node with SIGKILL once a segment is sealed; starts it again without Redis."""
         if not self._sealed.wait(EVENT_TIMEOUT_S):
@@ -86,30 +96,28 @@ class Cluster:
         self._ray = _start_ray()
         from kvstore_workers.ray_app import StoreActor, WorkerActor
 
-        config = self._write_config(self._redis.url)
-        self._store = StoreActor.options(num_cpus=0).remote(config)
-        endpoint = self._ray.get(self._store.start.remote(), timeout=READY_TIMEOUT_S)
-        self._follow_events(endpoint)
+        settings = self._write_config(self._redis.url)
+        self._store = StoreActor.options(num_cpus=0).remote(settings)
+        self._endpoint = self._ray.get(self._store.start.remote(), timeout=READY_TIMEOUT_S)
+        self._follow_events(self._endpoint)
+        config = replace(self._worker, store_endpoint=self._endpoint, tokens=self._tokens)
         gpus = self._ray.cluster_resources().get("GPU", 0) / len(WORKERS)
         for name in WORKERS:
             actor = WorkerActor.options(num_cpus=1, num_gpus=min(1, gpus))
-            self._actors[name] = actor.remote(self._configured(endpoint))
+            self._actors[name] = actor.remote(
+                replace(self._worker, store_endpoint=self._endpoint, tokens=self._tokens)
+            )
         ready = [actor.ready.remote() for actor in self._actors.values()]
         for connected in self._ray.get(ready, timeout=READY_TIMEOUT_S):
             if not all(connected[tenant] for tenant in self._tokens):
                 raise Unavailable("a worker could not reach the store node")
-
-    def _configured(self, endpoint: str) -> WorkerConfig:
-        from dataclasses import replace
-
-        return replace(self._worker, store_endpoint=endpoint, tokens=self._tokens)
 
     def _write_config(self, redis_url: str) -> Path:
         """The node's settings. The port stays, so that the workers find it again."""
         tokens, config = self._home / "tokens.toml", self._home / "kvstore.toml"
         tokens.write_text(
             "".join(
-                f'[tenants."{tenant}"]\ntoken_sha256 = ["{_sha256(token)}"]\n'
+                f'[tenants."{tenant}"]\ntoken_sha256 = ["{sha256(token.encode()).hexdigest()}"]\n'
                 for tenant, token in self._tokens.items()
             )
         )
@@ -175,12 +183,6 @@ def _start_ray() -> Any:
         object_store_memory=100 << 20,
     )
     return ray
-
-
-def _sha256(token: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _free_port() -> int:

@@ -114,6 +114,7 @@ def _run(checkpoint: Path, console: Console) -> Report:
                 return played
 
             before = play(BEFORE_CRASH)
+            counted = cluster.counters()["node"]
             progress.update(steps, description="SIGKILL, and a start without Redis")
             cluster.crash_and_restart()
             after = play(AFTER_CRASH)
@@ -121,7 +122,9 @@ def _run(checkpoint: Path, console: Console) -> Report:
             tokens = progress.add_task("the textbook: no KV cache at all", total=NEW_TOKENS)
             speedup = decode_speedup(
                 lambda asked: cluster.generate("A", asked),
+                "acme",
                 documents["acme"],
                 advance=lambda: progress.advance(tokens),
             )
-    return Report(describe_machine(), before, after, speedup)
+            counters = {**cluster.counters(), "node before the crash": counted}
+    return Report(describe_machine(), before, after, speedup, counters)

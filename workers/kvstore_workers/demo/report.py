@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from kvstore_workers.demo.play import TIERS, Played
 
 LONG_PROMPT_TOKENS = 1000
+WIDE_COLUMNS = 110
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class Report:
     before: Sequence[Played]
     after: Sequence[Played]
     decode_speedup: float
+    counters: dict[str, dict[str, float]]
+    """Of both workers, and of the node before the crash and at the end."""
 
     @property
     def requests(self) -> list[Played]:
@@ -87,26 +91,29 @@ class Report:
             "restored_after_kill_tokens": self.restored_after_kill_tokens,
             "ttft_speedup_median": round(self.ttft_speedup_median, 3),
             "decode_speedup_with_kv_cache": round(self.decode_speedup, 3),
+            "counters": self.counters,
         }
 
 
 def print_report(report: Report, console: Console) -> None:
     """The table, and the sums below it."""
-    table = Table(title="What each request cost", caption="tokens restored by tier; TTFT in ms")
-    for name in ("tenant", "person", "worker"):
-        table.add_column(name)
-    for name in ("prompt", *TIERS, "computed", "TTFT", "no cache", "speed-up"):
-        table.add_column(name, justify="right")
-    table.add_column("identical")
+    table = Table(
+        title="What each request cost",
+        caption="prompt tokens: restored from each tier, or computed · time to first token in ms",
+        padding=(0, 1) if console.width > WIDE_COLUMNS else 0,
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("request @ worker")
+    for name in ("prompt", *TIERS, "computed", "TTFT", "uncached", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("identical", no_wrap=True)
     for index, played in enumerate(report.requests):
         if index == len(report.before):
             table.add_section()
         ratio = played.ttft_nocache_ms / played.ttft_ms
         restored = [str(played.restored_tokens[tier] or "·") for tier in TIERS]
         table.add_row(
-            played.tenant,
-            played.person,
-            played.worker,
+            f"{played.tenant}/{played.person} @ {played.worker}",
             str(played.prompt_tokens),
             *restored,
             str(played.computed_tokens),

@@ -17,11 +17,15 @@ def decode_speedup(generate: Generate, prompt: Sequence[int], advance: Callable[
     same tokens. `advance` is called once for each token of the slow run.
     """
     begun = list(prompt[:PROMPT_TOKENS])
-    [kept] = generate([Request(begun, NEW_TOKENS, ignore_eos=True, use_cache=False)])
+    [kept] = generate([_request(begun, NEW_TOKENS, tenant)])
     recomputed_s = 0.0
     for length in range(NEW_TOKENS):
         sequence = begun + list(kept.tokens[:length])
-        [one] = generate([Request(sequence, 1, ignore_eos=True, use_cache=False)])
+        [one] = generate([_request(sequence, 1, tenant)])
         recomputed_s += one.total_s
         advance()
     return recomputed_s / kept.total_s
+
+
+def _request(prompt: Sequence[int], new_tokens: int, tenant: str) -> Request:
+    return Request(prompt, new_tokens, ignore_eos=True, tenant=tenant, use_cache=False)

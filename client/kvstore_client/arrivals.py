@@ -1,0 +1,102 @@
+"""The receiving end of a read: plain synchronous code that trusts nothing it is told."""
+
+from collections.abc import Sequence
+
+from kvstore.api.digest import DIGEST_BYTES, block_digest
+from kvstore.api.errors import KvstoreError
+from kvstore.api.tier import Loaded
+from kvstore.api.v1 import kvstore_pb2 as pb
+
+
+class Arrivals:
+    """Puts the pieces of one read into the caller's buffers and judges each block.
+
+    Nothing is allocated by a declared size: a header only says whether the block is the one that
+    the buffer was made for.
+
+    Invariant: only the buffer of the block under way is written to, and never past its end.
+    """
+
+    def __init__(
+        self, space_id: bytes, keys: Sequence[bytes], buffers: Sequence[memoryview]
+    ) -> None:
+        self._space_id = space_id
+        self._keys = keys
+        self._buffers = buffers
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what arrived: the same read is sent again."""
+        self.loaded: list[Loaded | None] = [None] * len(self._keys)
+        self.corrupt_blocks = 0
+        self.broken = False
+        """True from the first block that is settled without being here: a chain ends there."""
+        self._block = -1
+        self._header: pb.BlockHeader | None = None
+        self._filled_bytes = 0
+        self._skipping = False
+
+    @property
+    def complete(self) -> bool:
+        """True when the last block is settled: it is here, damaged or missing."""
+        return self._block == len(self._keys) - 1 and self._header is None
+
+    def leading(self) -> list[Loaded]:
+        """The blocks before the first one that did not arrive."""
+        leading = []
+        for answer in self.loaded:
+            if answer is None:
+                break
+            leading.append(answer)
+        return leading
+
+    def add(self, piece: pb.Piece) -> None:
+        """Takes the next piece. Raises `KvstoreError` where no honest stream could have it."""
+        if piece.HasField("header"):
+            self._begin(piece.block, piece.header)
+        elif piece.block != self._block:
+            raise KvstoreError(f"a piece of block {piece.block} inside block {self._block}")
+        data = piece.data
+        if data and not self._skipping:
+            self._append(data)
+
+    def _begin(self, block: int, header: pb.BlockHeader) -> None:
+        if self._header is not None:
+            raise KvstoreError(f"block {self._block} ended after {self._filled_bytes} bytes")
+        if not self._block < block < len(self._keys):
+            raise KvstoreError(f"block {block} came after block {self._block}")
+        self.broken = self.broken or block > self._block + 1 or header.bytes == 0
+        self._block = block
+        self._filled_bytes = 0
+        self._skipping = False
+        if header.bytes == 0:
+            return
+        if header.bytes != len(self._buffers[block]) or len(header.digest) != DIGEST_BYTES:
+            self._skipping = True
+            self._refuse()
+            return
+        self._header = header
+
+    def _append(self, data: bytes) -> None:
+        if self._header is None:
+            raise KvstoreError(f"data of block {self._block} without a header that announced it")
+        buffer = self._buffers[self._block]
+        end = self._filled_bytes + len(data)
+        if end > len(buffer):
+            raise KvstoreError(f"block {self._block} is longer than its header said")
+        buffer[self._filled_bytes : end] = data
+        self._filled_bytes = end
+        if end == len(buffer):
+            self._judge(self._header, buffer)
+
+    def _judge(self, header: pb.BlockHeader, buffer: memoryview) -> None:
+        digest = block_digest(self._space_id, self._keys[self._block], buffer)
+        if digest == header.digest:
+            self.loaded[self._block] = Loaded(header.tier, digest)
+        else:
+            self._refuse()
+        self._header = None
+
+    def _refuse(self) -> None:
+        self.corrupt_blocks += 1
+        self.broken = True

@@ -1,0 +1,121 @@
+"""How calls reach a node: with a deadline, a token, and one attempt to open what it forgot."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import grpc
+
+from kvstore.api.clock import Clock
+from kvstore.api.errors import Unavailable, from_status
+from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore.api.v1 import kvstore_pb2_grpc as pb_grpc
+from kvstore.api.wire import descriptor_to_wire
+from kvstore_client.budgets import Deadline
+from kvstore_client.losses import Losses, describe
+from kvstore_client.space import Space
+
+Answer = TypeVar("Answer")
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+Attempt = Callable[[], Awaitable[Answer]]
+
+
+class Caller:
+    """Runs attempts against one node, either strictly (errors are raised) or quietly (counted).
+
+    An attempt that fails because the node does not know a space is repeated once, after the
+    spaces were opened again, within the same deadline.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, token: str | None, clock: Clock) -> None:
+        self.channel = channel
+        self.stub = pb_grpc.KVStoreStub(channel)
+        self.metadata = _metadata(token)
+        self.losses = Losses(clock, logging.getLogger("kvstore.client"))
+        self.closed = False
+
+    async def unary(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Reply],
+        request: Request,
+        deadline: Deadline,
+    ) -> Reply:
+        """The reply to one request. Raises `grpc.aio.AioRpcError` or TimeoutError."""
+        return await method(request, timeout=deadline.left_s(), metadata=self.metadata)
+
+    async def open(self, space: Space, deadline: Deadline) -> Space:
+        """The space as the node opened it. Raises like `unary`, and `KvstoreError`."""
+        request = pb.OpenSpaceRequest(descriptor=descriptor_to_wire(space.descriptor))
+        reply = await self.unary(self.stub.OpenSpace, request, deadline)
+        return Space.from_wire(space.descriptor, reply)
+
+    async def strictly(
+        self, attempt: Attempt[Answer], deadline: Deadline, spaces: Sequence[Space] = ()
+    ) -> Answer:
+        """What the attempt answers. Raises `KvstoreError` for everything that goes wrong."""
+        try:
+            return await self._within(attempt, deadline, spaces)
+        except grpc.aio.AioRpcError as error:
+            raise from_status(error.code(), error.details() or "no details") from error
+        except (grpc.aio.BaseError, TimeoutError, OSError) as error:
+            raise Unavailable(describe(error)) from error
+
+    async def quietly(
+        self,
+        operation: str,
+        attempt: Attempt[Answer],
+        deadline: Deadline,
+        spaces: Sequence[Space] = (),
+    ) -> Answer | None:
+        """What the attempt answers, or None after counting why not. Raises nothing."""
+        try:
+            return await self._within(attempt, deadline, spaces)
+        except Exception as error:  # noqa: BLE001
+            # The edge to the engine: whatever goes wrong in here must not stop it.
+            self.losses.count_error(operation, error)
+            return None
+
+    async def _within(
+        self, attempt: Attempt[Answer], deadline: Deadline, spaces: Sequence[Space]
+    ) -> Answer:
+        if self.closed:
+            raise Unavailable("the client is closed")
+        try:
+            # gRPC ends a call at its deadline; this also ends what is not a call.
+            async with asyncio.timeout(deadline.left_s()):
+                return await self._with_spaces(attempt, deadline, spaces)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # gRPC cancels the calls of a channel that is closed; nobody cancelled the caller.
+            raise Unavailable("the client was closed") from None
+
+    async def _with_spaces(
+        self, attempt: Attempt[Answer], deadline: Deadline, spaces: Sequence[Space]
+    ) -> Answer:
+        try:
+            return await attempt()
+        except grpc.aio.AioRpcError as error:
+            if error.code() != grpc.StatusCode.FAILED_PRECONDITION or not spaces:
+                raise
+            reason = describe(error)
+        await self._open_all(spaces, deadline)
+        self.losses.count("space_reopened", reason, len(spaces))
+        return await attempt()
+
+    async def _open_all(self, spaces: Sequence[Space], deadline: Deadline) -> None:
+        openings = (self.open(space, deadline) for space in spaces)
+        for outcome in await asyncio.gather(*openings, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+
+def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    if token is None:
+        return ()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("token: must be printable ASCII without spaces or line ends")
+    return (("authorization", f"Bearer {token}"),)

@@ -1,0 +1,31 @@
+"""The connection to a node."""
+
+import grpc
+
+from kvstore.api.wire import MESSAGE_BYTES
+
+_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    # A node that vanished without closing its socket is noticed within 15 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A node that was restarted is found again within about a second; gRPC's own limit is 2 min.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Nodes are reached directly; a proxy for the web would only swallow the bytes.
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def open_channel(endpoint: str) -> grpc.aio.Channel:
+    """A channel without TLS that connects when it is first used.
+
+    `endpoint` is host:port or unix:/path. Must be called in the event loop that will use it.
+    """
+    if not endpoint.strip():
+        raise ValueError("endpoint: must be host:port or unix:/path, got an empty text")
+    return grpc.aio.insecure_channel(endpoint, options=_OPTIONS)

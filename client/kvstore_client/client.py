@@ -1,0 +1,281 @@
+"""The client of a store node, for programs that have threads and no event loop."""
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from kvstore.api.clock import Clock
+from kvstore.api.errors import Unavailable
+from kvstore.api.hint import ReuseHint
+from kvstore.api.space import SpaceDescriptor
+from kvstore.api.tier import Loaded
+from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore_client.arguments import Blocks, Buffers
+from kvstore_client.async_client import AsyncClient
+from kvstore_client.budgets import Budgets
+from kvstore_client.channel import open_channel
+from kvstore_client.loop_thread import LoopThread
+from kvstore_client.match import Match
+from kvstore_client.space import Space
+from kvstore_client.watch import Event, Watch
+
+MAX_RELEASES = 1024
+"""Under way at once; past it a lease is left to expire."""
+
+Answer = TypeVar("Answer")
+
+
+class Client:
+    """`AsyncClient` for threads: the same methods and promises, safe to share between threads.
+
+    Its calls run in one daemon thread with an event loop; a call that is interrupted (Ctrl-C)
+    raises only after nothing can write to the caller's buffers any more. `connect` makes the
+    channel, in that thread; give another one for TLS. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        token: str | None = None,
+        budgets: Budgets | None = None,
+        clock: Clock | None = None,
+        connect: Callable[[str], grpc.aio.Channel] = open_channel,
+    ) -> None:
+        async def build() -> tuple[grpc.aio.Channel, AsyncClient]:
+            channel = connect(endpoint)
+            try:
+                client = AsyncClient(
+                    endpoint, token=token, budgets=budgets, clock=clock, channel=channel
+                )
+            except BaseException:
+                await channel.close()
+                raise
+            return channel, client
+
+        self._releases = threading.BoundedSemaphore(MAX_RELEASES)
+        self._thread = LoopThread("kvstore-client")
+        try:
+            self._channel, self._client = self._thread.run(build())
+        except BaseException:
+            self._thread.stop()
+            raise
+
+    def __repr__(self) -> str:
+        return repr(self._client).removeprefix("Async")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def endpoint(self) -> str:
+        """Where the node is, as it was given."""
+        return self._client.endpoint
+
+    @property
+    def budgets(self) -> Budgets:
+        """How long the calls may take."""
+        return self._client.budgets
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What was lost without an exception, by the names of `losses.MEANINGS`."""
+        return self._client.counters
+
+    def open_space(self, descriptor: SpaceDescriptor) -> Space:
+        """See `AsyncClient.open_space`."""
+        return self._thread.run(self._client.open_space(descriptor))
+
+    def match(
+        self,
+        spaces: Sequence[Space],
+        keys: Sequence[bytes],
+        *,
+        scopes: Sequence[str] = (),
+        lease_ms: int = 5000,
+        hint: ReuseHint | None = None,
+        request_id: bytes = b"",
+        held_blocks: int = 0,
+        budget_s: float | None = None,
+    ) -> Match:
+        """See `AsyncClient.match`."""
+        matching = self._client.match(
+            spaces,
+            keys,
+            scopes=scopes,
+            lease_ms=lease_ms,
+            hint=hint,
+            request_id=request_id,
+            held_blocks=held_blocks,
+            budget_s=budget_s,
+        )
+        return self._quietly("match", matching, Match.none(held_blocks))
+
+    def load(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        buffers: Buffers,
+        *,
+        scopes: Sequence[str] = (),
+        lease: Match | None = None,
+        budget_s: float | None = None,
+    ) -> list[Loaded]:
+        """See `AsyncClient.load`."""
+        loading = self._client.load(
+            space, keys, buffers, scopes=scopes, lease=lease, budget_s=budget_s
+        )
+        nothing: list[Loaded] = []
+        return self._quietly("load", loading, nothing)
+
+    def load_any(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        buffers: Buffers,
+        *,
+        scopes: Sequence[str] = (),
+        lease: Match | None = None,
+        budget_s: float | None = None,
+    ) -> list[Loaded | None]:
+        """See `AsyncClient.load_any`."""
+        loading = self._client.load_any(
+            space, keys, buffers, scopes=scopes, lease=lease, budget_s=budget_s
+        )
+        nothing: list[Loaded | None] = [None] * len(keys)
+        return self._quietly("load", loading, nothing)
+
+    def store(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        blocks: Blocks,
+        *,
+        parent_key: bytes = b"",
+        parent_scope: str = "",
+        scope: str = "",
+        hint: ReuseHint | None = None,
+        digests: Sequence[bytes] | None = None,
+        budget_s: float | None = None,
+    ) -> list[bool]:
+        """See `AsyncClient.store`."""
+        storing = self._client.store(
+            space,
+            keys,
+            blocks,
+            parent_key=parent_key,
+            parent_scope=parent_scope,
+            scope=scope,
+            hint=hint,
+            digests=digests,
+            budget_s=budget_s,
+        )
+        return self._quietly("store", storing, [False] * len(keys))
+
+    def release(self, match: Match) -> None:
+        """Sends `AsyncClient.release` on its way and does not wait for it."""
+        if not match.lease_id:
+            return
+        if not self._releases.acquire(blocking=False):
+            self.counters["release_dropped"] += 1
+            return
+        try:
+            outcome = self._thread.submit(self._client.release(match))
+        except Unavailable:
+            # Closed: the lease runs until it expires.
+            self._releases.release()
+            return
+        outcome.add_done_callback(lambda _: self._releases.release())
+
+    def hint(
+        self, space: Space, keys: Sequence[bytes], hint: ReuseHint, *, scope: str = ""
+    ) -> None:
+        """See `AsyncClient.hint`."""
+        self._quietly("hint", self._client.hint(space, keys, hint, scope=scope), None)
+
+    def locate(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        scope: str = "",
+        budget_s: float | None = None,
+    ) -> list[str | None]:
+        """See `AsyncClient.locate`."""
+        return self._thread.run(self._client.locate(space, keys, scope=scope, budget_s=budget_s))
+
+    def discard(self, space: Space, keys: Sequence[bytes], *, scope: str = "") -> int:
+        """See `AsyncClient.discard`."""
+        return self._thread.run(self._client.discard(space, keys, scope=scope))
+
+    def clear_space(self, space: Space | bytes, scope: str = "") -> int:
+        """See `AsyncClient.clear_space`."""
+        return self._thread.run(self._client.clear_space(space, scope))
+
+    def status(self) -> pb.StatusReply:
+        """See `AsyncClient.status`."""
+        return self._thread.run(self._client.status())
+
+    def watch(self) -> Iterator[Event]:
+        """See `AsyncClient.watch`; each step waits for an event. Ends when this is closed."""
+        return self._follow(self._thread.run(self._client.watch()))
+
+    def _follow(self, events: Watch) -> Iterator[Event]:
+        async def following() -> Event | None:
+            return await anext(events, None)
+
+        try:
+            while (event := self._thread.run(following())) is not None:
+                yield event
+        except Unavailable:
+            if not self.closed:
+                raise
+        finally:
+            with contextlib.suppress(Unavailable):
+                self._thread.run(events.aclose())
+
+    def health(self) -> bool:
+        """See `AsyncClient.health`."""
+        try:
+            return self._thread.run(self._client.health())
+        except Unavailable:
+            return False
+
+    @property
+    def closed(self) -> bool:
+        """True from the moment that `close` was called."""
+        return self._client.closed
+
+    def close(self) -> None:
+        """Ends the calls under way, which answer what they have, and the thread. Idempotent."""
+
+        async def hang_up() -> None:
+            await self._client.close()
+            await self._channel.close()
+
+        with contextlib.suppress(Unavailable):
+            self._thread.run(hang_up())
+        self._thread.stop()
+
+    def _quietly(
+        self, operation: str, call: Coroutine[Any, Any, Answer], nothing: Answer
+    ) -> Answer:
+        try:
+            return self._thread.run(call)
+        except Unavailable:
+            # The loop has ended; while it runs, the call itself raises no such thing.
+            self.counters[f"{operation}_failed"] += 1
+            return nothing

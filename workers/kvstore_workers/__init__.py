@@ -1,0 +1,1 @@
+"""The Python workers of kvstore."""
