@@ -104,9 +104,7 @@ class Cluster:
         gpus = self._ray.cluster_resources().get("GPU", 0) / len(WORKERS)
         for name in WORKERS:
             actor = WorkerActor.options(num_cpus=1, num_gpus=min(1, gpus))
-            self._actors[name] = actor.remote(
-                replace(self._worker, store_endpoint=self._endpoint, tokens=self._tokens)
-            )
+            self._actors[name] = actor.remote(config)
         ready = [actor.ready.remote() for actor in self._actors.values()]
         for connected in self._ray.get(ready, timeout=READY_TIMEOUT_S):
             if not all(connected[tenant] for tenant in self._tokens):

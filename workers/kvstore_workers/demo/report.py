@@ -158,9 +158,10 @@ def draw_report(report: Report, path: Path) -> None:
         below.bar(places, heights, 0.8, bottom=bottom, label=tier, color=colours[tier])
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     computed = [played.computed_tokens for played in requests]
-    below.bar(places, computed, 0.8, bottom=bottom, label="computed", color="#eeeeee")
+    below.bar(places, computed, 0.8, bottom=bottom, label="computed", color="#d9d9d9")
     below.set_ylabel("prompt tokens")
-    below.legend(frameon=False, ncols=5)
+    below.legend(frameon=False, ncols=5, loc="upper left")
+    below.set_ylim(0, below.get_ylim()[1] * 1.2)
     below.set_xticks(list(places), [f"{p.person}\n{p.worker}" for p in requests])
     for axes in (above, below):
         axes.axvline(len(report.before) - 0.5, color="#b00020", linestyle=":", linewidth=1)

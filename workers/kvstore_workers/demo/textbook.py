@@ -10,7 +10,9 @@ PROMPT_TOKENS = 64
 NEW_TOKENS = 300
 
 
-def decode_speedup(generate: Generate, prompt: Sequence[int], advance: Callable[[], None]) -> float:
+def decode_speedup(
+    generate: Generate, tenant: str, prompt: Sequence[int], advance: Callable[[], None]
+) -> float:
     """How many times faster 300 tokens come with their keys and values kept than without.
 
     Without means: one pass over the whole sequence so far for each token. Both runs follow the
