@@ -44,7 +44,8 @@ def _wrong_imports(package: str, path: Path) -> list[str]:
     return [
         f"{path}:{line}: {package} must not import {module}"
         for module, line in _imports(path)
-        if (owner := _package_of(module)) is not None and owner not in ALLOWED[package]
+        if (owner := _package_of(module)) is not None
+        and owner not in ALLOWED[package]
         # The version alone may be asked of the package that imports nothing.
         and not (module == "kvstore" and package == "kvstore")
     ]
@@ -123,8 +124,7 @@ def test_the_generated_code_is_fresh(tmp_path: Path) -> None:
     )
     written = {path.name: path.read_bytes() for path in (tmp_path / "kvstore/api/v1").glob("*.py*")}
     committed = {
-        path.name: path.read_bytes()
-        for path in (ROOT / "kvstore/api/v1").glob("kvstore_pb2*")
+        path.name: path.read_bytes() for path in (ROOT / "kvstore/api/v1").glob("kvstore_pb2*")
     }
     assert written == committed
 
@@ -135,7 +135,5 @@ def test_the_generated_code_is_fresh(tmp_path: Path) -> None:
 )
 def test_lint_and_types_are_clean(command: list[str]) -> None:
     """ruff finds nothing, the formatting is its own, and mypy is content with strict types."""
-    ran = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -80,6 +80,7 @@ def _run(checkpoint: Path, console: Console) -> Report:
     }
     worker = WorkerConfig(
         checkpoint=checkpoint,
+        threads=1,
         vram_blocks=VRAM_BLOCKS,
         tokens=dict.fromkeys(MODULES, ""),
         record_spill_digests=True,

@@ -1,0 +1,190 @@
+"""VRAM blocks and their copies on a real GPU: bit-exact, ordered, pinned.
+
+Needs torch, numpy and the package's own light imports; the worker at the end transformers, too.
+"""
+
+import hashlib
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kvstore_workers.layout import KVLayout  # noqa: E402
+from kvstore_workers.transfer import Copier  # noqa: E402
+from kvstore_workers.vram import VramPool, choose_device  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+LAYOUT = KVLayout(layers=16, kv_heads=8, head_dim=128, block_tokens=32)
+"""Blocks of 2 MiB."""
+BUSY_CYCLES = 500_000_000
+"""Keeps a stream busy for some hundred milliseconds."""
+
+
+@pytest.fixture
+def vram() -> VramPool:
+    pool = VramPool(LAYOUT, 64, choose_device())
+    pool.bytes.random_(0, 256)
+    torch.cuda.synchronize()
+    return pool
+
+
+def test_the_gpu_is_chosen_where_there_is_one() -> None:
+    assert choose_device().type == "cuda"
+
+
+def test_staging_memory_is_pinned_and_its_views_are_the_same_memory(vram: VramPool) -> None:
+    staging = Copier(vram).staging(3)
+    assert staging.tensor.is_pinned()
+    staging.views[2][7] = 99
+    assert int(staging.tensor[2, 7]) == 99
+    assert [len(view) for view in staging.views] == [LAYOUT.block_bytes] * 3
+
+
+def test_blocks_survive_the_way_down_and_up_bit_by_bit(vram: VramPool) -> None:
+    copier = Copier(vram)
+    staging = copier.staging(20)
+    source = list(range(5, 25))
+    target = list(range(60, 40, -1))
+    wanted = [vram.sha256(block) for block in source]
+    copier.to_host(source, staging, after=copier.mark())
+    assert [hashlib.sha256(view).digest() for view in staging.views] == wanted
+    untouched = vram.sha256(61)
+    copier.to_device(staging, target, after=copier.mark())
+    assert [vram.sha256(block) for block in target] == wanted
+    assert vram.sha256(61) == untouched
+
+
+def test_one_flipped_bit_on_the_host_is_another_digest_in_vram(vram: VramPool) -> None:
+    copier = Copier(vram)
+    staging = copier.staging(1)
+    copier.to_host([3], staging, after=copier.mark())
+    staging.views[0][12345] ^= 1
+    copier.to_device(staging, [4], after=copier.mark())
+    assert vram.sha256(4) != vram.sha256(3)
+
+
+def test_a_spill_waits_for_the_kernels_that_write_the_block(vram: VramPool) -> None:
+    """In a thread of its own, as the spiller does it; without the mark it would be too early."""
+    copier = Copier(vram)
+    early, late = copier.staging(1), copier.staging(1)
+    vram.bytes[7].fill_(1)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(BUSY_CYCLES)
+    vram.bytes[7].fill_(2)
+    mark = copier.mark()
+    copier.to_host([7], early, after=None)
+    thread = threading.Thread(target=copier.to_host, args=([7], late), kwargs={"after": mark})
+    thread.start()
+    thread.join()
+    assert int(late.tensor.min()) == int(late.tensor.max()) == 2
+    assert int(early.tensor[0, 0]) == 1, "the stream was not busy: the test proves nothing"
+
+
+def test_a_restore_waits_for_the_kernels_that_read_the_evicted_block(vram: VramPool) -> None:
+    copier = Copier(vram)
+    staging = copier.staging(1)
+    staging.tensor.fill_(9)
+    vram.bytes[7].fill_(1)
+    seen_before = torch.empty_like(vram.bytes[7])
+    torch.cuda._sleep(BUSY_CYCLES)
+    seen_before.copy_(vram.bytes[7])
+    copier.to_device(staging, [7], after=copier.mark())
+    seen_after = vram.bytes[7].clone()
+    assert int(seen_before.max()) == 1
+    assert int(seen_after.min()) == 9
+
+
+def test_a_spill_does_not_wait_for_later_kernels(vram: VramPool) -> None:
+    """Spilling runs beside the computation: the mark covers only what was launched before it."""
+    copier = Copier(vram)
+    staging = copier.staging(1)
+    mark = copier.mark()
+    torch.cuda._sleep(4 * BUSY_CYCLES)
+    later = torch.cuda.Event()
+    later.record()
+    copier.to_host([7], staging, after=mark)
+    assert not later.query(), "the copy waited for a kernel that came after its mark"
+    later.synchronize()
+
+
+def test_copies_down_and_up_run_from_two_threads_at_once(vram: VramPool) -> None:
+    copier = Copier(vram)
+    down, up = copier.staging(16), copier.staging(16)
+    copier.to_host(list(range(16)), up, after=copier.mark())
+    wanted = [vram.sha256(block) for block in range(32)]
+    mark = copier.mark()
+
+    def spill() -> None:
+        for _ in range(20):
+            copier.to_host(list(range(16, 32)), down, after=mark)
+
+    thread = threading.Thread(target=spill)
+    thread.start()
+    for _ in range(20):
+        copier.to_device(up, list(range(40, 56)), after=mark)
+    thread.join()
+    assert [vram.sha256(block) for block in range(40, 56)] == wanted[:16]
+    assert [hashlib.sha256(view).digest() for view in down.views] == wanted[16:]
+
+
+def test_the_bandwidth_of_copies_is_shown(
+    vram: VramPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copier = Copier(vram)
+    staging = copier.staging(64)
+    blocks = list(range(64))
+    size_gb = 64 * LAYOUT.block_bytes / 1e9
+    ways: dict[str, Callable[[], None]] = {
+        "to host": lambda: copier.to_host(blocks, staging, after=None),
+        "to device": lambda: copier.to_device(staging, blocks, after=None),
+    }
+    figures = []
+    for name, copy in ways.items():
+        copy()
+        begin_s = time.perf_counter()
+        for _ in range(10):
+            copy()
+        figures.append(f"{name} {10 * size_gb / (time.perf_counter() - begin_s):.1f} GB/s")
+    with capsys.disabled():
+        gpu = torch.cuda.get_device_name()
+        sys.stdout.write(f"\n{gpu}: blocks of 2 MiB, {', '.join(figures)}\n")
+
+
+def test_a_worker_on_the_gpu_reuses_blocks_without_a_difference(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from kvstore_workers.request import Request
+    from kvstore_workers.worker import Worker, WorkerConfig
+
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    worker = Worker(WorkerConfig(checkpoint=tmp_path / "model", vram_blocks=128))
+    mine = Request([(7 * place) % 512 for place in range(500)], 12, logits_tokens=12)
+    others = [Request([place % 512 for place in range(length)], 20) for length in (90, 300)]
+    cold, warm = worker.generate([mine]), worker.generate([mine])
+    assert warm[0].restored_tokens == {"vram": 384}
+    assert warm[0].logits == cold[0].logits
+    worker.forget_vram()
+    assert worker.generate([*others, mine])[2].logits == cold[0].logits
+    worker.close()
