@@ -6,7 +6,6 @@ file (`kvstore config`) and the flags of `kvstore serve` are made from this tree
 """
 
 import ipaddress
-import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,12 +46,10 @@ def _host_and_port(value: str) -> str:
 
 Codec = Annotated[str, AfterValidator(_codec_name)]
 Listen = Annotated[str, AfterValidator(_host_and_port)]
+HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
 
-
-def data_home() -> Path:
-    """Where a node keeps its files unless it is told otherwise (XDG base directories)."""
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(home) / "kvstore"
+DATA_HOME = Path("~/.local/share/kvstore")
+"""Where a node keeps its files unless it is told otherwise."""
 
 
 class _Section(BaseModel):
@@ -81,7 +78,7 @@ class ServerSettings(_Section):
 class AuthSettings(_Section):
     """Who may call."""
 
-    tokens_file: Path | None = Field(
+    tokens_file: HomePath | None = Field(
         None,
         description="hashes of bearer tokens (kvstore token); empty: one local tenant, "
         "and only on loopback",
@@ -94,7 +91,7 @@ class ClusterSettings(_Section):
     node_id: str = Field(
         "", max_length=63, pattern=r"^[A-Za-z0-9._-]*$", description="empty: host name and port"
     )
-    secret_file: Path | None = Field(
+    secret_file: HomePath | None = Field(
         None,
         description="32 secret bytes from which stored names derive, the same on all nodes that "
         "share Redis; empty: made once, beside disk.path",
@@ -148,7 +145,7 @@ class DiskSettings(_Section):
     """The disk tier."""
 
     enabled: bool = Field(True, description="false: no disk tier, and nothing survives a restart")
-    path: Path = Field(default_factory=lambda: data_home() / "blocks", description="directory")
+    path: HomePath = Field(DATA_HOME / "blocks", description="directory; made if missing")
     capacity_bytes: ByteSize = Field(ByteSize(10 * _GIB), ge=4 * 65536, description="hard limit")
     segment_bytes: ByteSize = Field(
         ByteSize(256 * _MIB), ge=65536, description="size of one file; room comes file by file"
@@ -195,7 +192,17 @@ class Settings(_Section):
                 f"server.listen: {self.server.listen} is reachable from other hosts: set "
                 "auth.tokens_file, or listen on 127.0.0.1"
             )
+        if self.redis.directory_url and _is_wildcard(self.server.listen):
+            raise ValueError(
+                f"server.listen: other nodes cannot reach {self.server.listen}: with "
+                "redis.directory_url it must name this host's own address"
+            )
         return self
+
+
+def _is_wildcard(listen: str) -> bool:
+    host = listen.rpartition(":")[0].strip("[]")
+    return host in ("0.0.0.0", "::")  # noqa: S104  Compared, not bound.
 
 
 def _is_loopback(listen: str) -> bool:

@@ -37,7 +37,8 @@ def sample() -> str:
         if section != current:
             lines += ["", f"# {Settings.model_fields[section].annotation.__doc__}", f"[{section}]"]
             current = section
-        lines += [f"# {field.description}", f"# {name} = {_toml(field.get_default())}"]
+        default = field.get_default(call_default_factory=True)
+        lines += [f"# {field.description}", f"# {name} = {_toml(default)}"]
     return "\n".join(lines) + "\n"
 
 

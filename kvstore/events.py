@@ -1,7 +1,8 @@
 """What happens in a node, for whoever watches."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 QUEUE_LENGTH = 256
@@ -35,13 +36,13 @@ class Events:
         """Tells everybody who watches now. May be called from any thread."""
         self._loop.call_soon_threadsafe(self._deliver, event)
 
-    async def watch(self) -> AsyncGenerator[Event, None]:
-        """The events from the first `await` on, without end."""
+    @contextmanager
+    def watch(self) -> Iterator[asyncio.Queue[Event]]:
+        """A queue that gets every event from now on, until the block is left."""
         queue: asyncio.Queue[Event] = asyncio.Queue(QUEUE_LENGTH)
         self._queues.add(queue)
         try:
-            while True:
-                yield await queue.get()
+            yield queue
         finally:
             self._queues.discard(queue)
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvstore.api.clock import Clock
-from kvstore.api.errors import InvalidArgument, Unavailable, UnknownSpace
+from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
 from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import BlockRef, Load
@@ -101,7 +101,7 @@ class Node:
             )
         space_id = descriptor.space_id
         if space_id not in self.spaces and len(self.spaces) >= MAX_SPACES:
-            raise Unavailable(f"this node has {MAX_SPACES} spaces open already")
+            raise ResourceExhausted(f"this node has {MAX_SPACES} spaces open already")
         self.spaces[space_id] = descriptor
         return space_id
 

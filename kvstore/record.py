@@ -58,7 +58,7 @@ class Header:
     name: bytes = bytes(32)
     parent: bytes | None = None
     digest: bytes = bytes(16)
-    payload_digest: bytes = bytes(16)
+    payload_digest: bytes = xxhash.xxh3_128_digest(b"")
 
     def pack(self) -> bytes:
         """The 256 bytes of the header."""

@@ -18,7 +18,7 @@ from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
 from kvstore.api.v1 import kvstore_pb2, kvstore_pb2_grpc
 from kvstore.codec import CODECS
-from kvstore.config import ClusterSettings, DiskSettings, RedisSettings, Settings, data_home
+from kvstore.config import DATA_HOME, ClusterSettings, DiskSettings, RedisSettings, Settings
 from kvstore.directory import Directory
 from kvstore.events import Draining, Events, SegmentSealed
 from kvstore.files import DirectoryFiles
@@ -245,7 +245,7 @@ def _cluster_secret(cluster: ClusterSettings, disk: DiskSettings) -> bytes:
     """The secret of the named file, or of one that this host makes once for itself."""
     if cluster.secret_file is not None:
         return _read_secret(cluster.secret_file)
-    home = disk.path.parent if disk.enabled else data_home()
+    home = disk.path.parent if disk.enabled else DATA_HOME.expanduser()
     path = home / "cluster.secret"
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from kvstore.api.wire import (
     hint_from_wire,
     unpack_keys,
 )
-from kvstore.events import Event, SegmentSealed
+from kvstore.events import Draining, Event, SegmentSealed
 from kvstore.node import Delivered, Matched, Node
 from kvstore.tenants import Tenant, Tenants
 from kvstore.writing import Incoming
@@ -178,11 +178,12 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncIterator[pb.WatchReply]:
         async with self._call("watch", context):
-            events = self._node.events.watch()
-            async with aclosing(events):
+            with self._node.events.watch() as events:
                 # Tells the caller that from now on nothing is missed.
                 await context.send_initial_metadata(())
-                async for event in events:
+                event: Event | None = None
+                while not isinstance(event, Draining):
+                    event = await events.get()
                     yield _event_reply(event)
 
     @asynccontextmanager

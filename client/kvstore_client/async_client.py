@@ -70,7 +70,7 @@ class AsyncClient(ControlClient):
 
         async def attempt() -> Match:
             reply = await self._caller.unary(self._caller.stub.Match, request, deadline)
-            return Match.from_wire(reply, len(spaces), len(keys))
+            return Match.from_wire(reply, len(spaces), len(keys), held_blocks)
 
         match = await self._caller.quietly("match", attempt, deadline, spaces)
         return match or Match.none(held_blocks)

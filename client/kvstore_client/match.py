@@ -39,11 +39,11 @@ class Match:
         return cls(held_blocks)
 
     @classmethod
-    def from_wire(cls, reply: pb.MatchReply, spaces: int, keys: int) -> Self:
+    def from_wire(cls, reply: pb.MatchReply, spaces: int, keys: int, held_blocks: int = 0) -> Self:
         """The match of a reply. Raises `KvstoreError` if it contradicts itself or the question."""
         blocks = reply.matched_blocks
-        if blocks > keys:
-            raise KvstoreError(f"matched_blocks: {blocks} of {keys} keys")
+        if not held_blocks <= blocks <= keys:
+            raise KvstoreError(f"matched_blocks: {blocks} of {keys} keys, {held_blocks} held")
         if len(reply.spaces) != spaces:
             raise KvstoreError(f"spaces: {len(reply.spaces)} answered of {spaces}")
         runs = tuple(

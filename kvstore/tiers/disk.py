@@ -8,7 +8,8 @@ segment whole, after what is still hot in it was written forward.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import TierError
@@ -20,10 +21,12 @@ from kvstore.names import block_name, namespace_tag
 from kvstore.record import Damaged, Header, Kind, decode_block, encode_block
 from kvstore.runner import Runner
 from kvstore.tiers.disk_index import DiskIndex, Entry, survivors
-from kvstore.tiers.segment import PAGE_BYTES
+from kvstore.tiers.segment import PAGE_BYTES, record_bytes
 from kvstore.tiers.segment_log import Found, SegmentLog
 
 _log = logging.getLogger("kvstore.disk")
+
+T = TypeVar("T")
 
 
 class DiskTier:
@@ -45,6 +48,7 @@ class DiskTier:
         self._index = DiskIndex()
         self._sequence = 0
         self._writing = asyncio.Lock()
+        self._changes: set[asyncio.Task[object]] = set()
         self._sealer: asyncio.Task[None] | None = None
 
     @classmethod
@@ -80,25 +84,37 @@ class DiskTier:
         return [self._find(ref) is None for ref in refs]
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
-        return await asyncio.gather(*(self._load(load) for load in loads))
+        """Raises TierError if every block that is here was unreadable: then the device is gone."""
+        answers = await asyncio.gather(*(self._load(load) for load in loads))
+        errors = [answer for answer in answers if isinstance(answer, OSError)]
+        if errors and not any(isinstance(answer, Loaded) for answer in answers):
+            raise TierError(f"disk: {errors[0]}")
+        return [answer if isinstance(answer, Loaded) else None for answer in answers]
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
-        async with self._writing:
-            return [await self._store(block) for block in blocks]
+        return [await self._store(block) for block in blocks]
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
         names = [block_name(ref) for ref in refs]
-        async with self._writing:
+
+        async def forget() -> int:
             here = [name for name in names if self._index.find(name) is not None]
             for name in here:
                 await self._append(Header(kind=Kind.FORGET_BLOCK, name=name), b"")
+            await self._runner.run(self._segments.sync)
             return self._index.remove(here)
+
+        return await self._change(forget)
 
     async def clear(self, namespace: bytes) -> int:
         tag = namespace_tag(namespace)
-        async with self._writing:
+
+        async def forget() -> int:
             await self._append(Header(kind=Kind.FORGET_NAMESPACE, tag=tag), b"")
+            await self._runner.run(self._segments.sync)
             return self._index.remove(self._index.of_namespace(tag))
+
+        return await self._change(forget)
 
     def usage(self) -> list[Usage]:
         used = self._segments.used_bytes
@@ -107,8 +123,10 @@ class DiskTier:
     async def close(self) -> None:
         if self._sealer is not None:
             self._sealer.cancel()
-        async with self._writing:
-            await self._runner.run(self._segments.close)
+        try:
+            await self._change(lambda: self._runner.run(self._segments.close))
+        except TierError as error:
+            _log.warning("the last segment could not be sealed: %s", error)
 
     def check(self) -> None:
         """Recomputes every invariant; AssertionError tells which one broke."""
@@ -121,7 +139,30 @@ class DiskTier:
             return None
         return entry
 
-    async def _load(self, load: Load) -> Loaded | None:
+    async def _change(self, change: Callable[[], Awaitable[T]]) -> T:
+        """Carries a change of the log through, one at a time, also if its caller gives up.
+
+        A thread that writes cannot be stopped. If its caller's end let the next change begin:
+        1. A store waits for a thread and is cancelled; the lock is free.
+        2. Others fill the segment, seal it and open the next.
+        3. The thread comes to the write of step 1 and writes over what they stored.
+        """
+
+        async def locked() -> T:
+            async with self._writing:
+                return await change()
+
+        task = asyncio.create_task(locked())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        # Where nobody waits any more, nobody asks for the error either.
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            return await asyncio.shield(task)
+        except OSError as error:
+            raise TierError(f"disk: {error}") from error
+
+    async def _load(self, load: Load) -> Loaded | OSError | None:
         entry = self._find(load.ref)
         if entry is None or entry.header.block_bytes != len(load.into):
             return None
@@ -135,12 +176,14 @@ class DiskTier:
 
         try:
             digest = await self._runner.run(read)
-        except Damaged as error:
-            if self._index.find(name) is entry and entry.offset == offset:
-                _log.warning("a damaged block was dropped from segment %d: %s", segment_id, error)
-                self._metrics.corrupt.labels(self.name).inc()
-                self._index.remove([name])
-            return None
+        except (Damaged, OSError) as error:
+            place = (entry.segment_id, entry.offset)
+            if self._index.find(name) is not entry or place != (segment_id, offset):
+                return None  # It left its segment, which was dropped, during the read.
+            _log.warning("a damaged block was dropped from segment %d: %s", segment_id, error)
+            self._metrics.corrupt.labels(self.name).inc()
+            self._index.remove([name])
+            return error if isinstance(error, OSError) else None
         except KeyError:
             return None  # Its segment was dropped between the look-up and the read.
         entry.used = True
@@ -149,7 +192,6 @@ class DiskTier:
         return Loaded(self.name, digest)
 
     async def _store(self, block: Block) -> bool:
-        """Appends one block; the caller holds the lock."""
         parent = self._find(block.parent) if block.parent is not None else None
         if block.parent is not None and parent is None:
             self._metrics.disk_orphans.inc()
@@ -158,17 +200,28 @@ class DiskTier:
             parent.used = True
         if self._find(block.ref) is not None:
             return True
-        header, payload = await self._runner.run(
-            lambda: encode_block(block, self._codec, now_s=self._clock.wall_s())
-        )
+
+        def encode() -> tuple[Header, bytes]:
+            header, payload = encode_block(block, self._codec, now_s=self._clock.wall_s())
+            # Owned, because the write may outlive the caller and with him `block.data`.
+            return header, bytes(payload)
+
+        header, payload = await self._runner.run(encode)
+        return await self._change(lambda: self._append_block(header, payload))
+
+    async def _append_block(self, header: Header, payload: bytes) -> bool:
+        if self._index.find(header.name) is not None:
+            return True  # Somebody else stored it while this one waited.
+        if header.parent is not None and self._index.find(header.parent) is None:
+            return False  # The parent was forgotten meanwhile.
         return await self._append(header, payload)
 
-    async def _append(self, header: Header, payload: memoryview | bytes) -> bool:
+    async def _append(self, header: Header, payload: bytes) -> bool:
         """Writes a record and indexes it; False if it is larger than a segment can be."""
         if not self._segments.fits(header):
             return False
         if not self._segments.has_room(header):
-            await self._make_room()
+            await self._make_room(header)
             parent = header.parent
             if parent is not None and self._index.find(parent) is None:
                 return False  # The parent left with the segment that had to go.
@@ -180,22 +233,28 @@ class DiskTier:
             self._index.insert(header, self._segments.open_id, place.offset)
         return True
 
-    async def _make_room(self) -> None:
-        """Seals the open segment, begins another and drops the oldest if there are too many."""
+    async def _make_room(self, header: Header) -> None:
+        """Seals the open segment, begins another with room for a record, drops the oldest."""
         await self._runner.run(self._segments.roll)
-        oldest = self._segments.surplus()
-        if oldest is None:
-            return
         budget_bytes = self._segments.segment_bytes // 2
-        for entry in self._index.worth_forwarding(oldest, budget_bytes):
-            await self._forward(entry)
-        gone = [entry.header.name for entry in self._index.in_segment(oldest)]
-        self._index.remove(gone)
-        await self._runner.run(lambda: self._segments.drop(oldest))
-        self._metrics.disk_segments_dropped.inc()
+        while (oldest := self._segments.surplus()) is not None:
+            for entry in self._index.worth_forwarding(oldest, budget_bytes):
+                if self._segments.has_room(entry.header, header):
+                    budget_bytes -= record_bytes(entry.header)
+                    await self._forward(entry)
+            gone = [entry.header.name for entry in self._index.in_segment(oldest)]
+            self._index.remove(gone)
+            await self._runner.run(lambda oldest=oldest: self._segments.drop(oldest))  # type: ignore[misc]
+            self._metrics.disk_segments_dropped.inc()
 
     async def _forward(self, entry: Entry) -> None:
-        """Writes a block again into the open segment, as it lies on disk."""
+        """Writes a block again into the open segment, as it lies on disk, if the device can."""
+        try:
+            await self._copy_forward(entry)
+        except OSError as error:
+            _log.warning("a block is lost with segment %d: %s", entry.segment_id, error)
+
+    async def _copy_forward(self, entry: Entry) -> None:
         old = entry.header
         payload = await self._runner.run(
             lambda: self._segments.read(
@@ -214,7 +273,6 @@ class DiskTier:
         while True:
             await self._clock.sleep(seal_after_s)
             try:
-                async with self._writing:
-                    await self._runner.run(self._segments.seal_if_written)
-            except (OSError, TierError) as error:
-                _log.warning("a segment could not be sealed: %s", error)
+                await self._change(lambda: self._runner.run(self._segments.sync))
+            except TierError as error:
+                _log.warning("what was stored lately is not on the device yet: %s", error)

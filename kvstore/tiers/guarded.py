@@ -52,7 +52,9 @@ class Guarded:
         return await self._attempt(self._inner.locate(refs), self._lookup_s, [None] * len(refs))
 
     async def wants(self, refs: Sequence[BlockRef]) -> list[bool]:
-        return await self._attempt(self._inner.wants(refs), self._lookup_s, [False] * len(refs))
+        # A tier that does not answer is offered the blocks, and will be seen to refuse them.
+        unknown = [True] * len(refs)
+        return await self._attempt(self._inner.wants(refs), self._lookup_s, unknown)
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         miss: list[Loaded | None] = [None] * len(loads)

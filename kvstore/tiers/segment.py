@@ -11,6 +11,7 @@ Everything begins on a page, so that files can be read and written past the page
 a footer the records are found by walking from page to page.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -28,7 +29,7 @@ _LAST = struct.Struct("<8sQQ16s")
 _LAST_MAGIC = b"KVSTEND1"
 _ENTRY = struct.Struct(f"<Q{HEADER_BYTES}s")
 _VERSION = 1
-_SUFFIX = ".segment"
+_NAME = re.compile(r"([0-9a-f]{16})\.segment")
 
 
 class Placed(NamedTuple):
@@ -40,13 +41,12 @@ class Placed(NamedTuple):
 
 def file_name(segment_id: int) -> str:
     """What the file of a segment is called."""
-    return f"{segment_id:016x}{_SUFFIX}"
+    return f"{segment_id:016x}.segment"
 
 
 def segment_ids(names: list[str]) -> list[int]:
     """The ids of the segments among the files of a directory, oldest first."""
-    stems = [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)]
-    return sorted(int(stem, 16) for stem in stems if len(stem) == 16)
+    return sorted(int(match[1], 16) for name in names if (match := _NAME.fullmatch(name)))
 
 
 def pages(size: int) -> int:

@@ -4,12 +4,13 @@ Plain blocking code; `DiskTier` calls it through its runner, one writer at a tim
 from any thread.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvstore.files import Files
-from kvstore.record import Damaged, Header
+from kvstore.record import Damaged, Header, Kind
 from kvstore.tiers.segment import (
     PAGE_BYTES,
     Placed,
@@ -60,7 +61,9 @@ class SegmentLog:
         self._handles: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
         self._records: list[Placed] = []
+        self._safe_records = 0
         self._open_id = 0
+        self._last_id = 0
 
     @property
     def count(self) -> int:
@@ -81,12 +84,12 @@ class SegmentLog:
         """Whether an empty segment could take the record."""
         return PAGE_BYTES + record_bytes(header) + footer_bytes(1) <= self.segment_bytes
 
-    def has_room(self, header: Header) -> bool:
-        """Whether the open segment can take the record, and its footer afterwards."""
+    def has_room(self, *headers: Header) -> bool:
+        """Whether the open segment can take these records, and its footer afterwards."""
         if not self._open_id:
             return False
-        size = self._sizes[self._open_id] + record_bytes(header)
-        return size + footer_bytes(len(self._records) + 1) <= self.segment_bytes
+        size = self._sizes[self._open_id] + sum(map(record_bytes, headers))
+        return size + footer_bytes(len(self._records) + len(headers)) <= self.segment_bytes
 
     def place(self, header: Header) -> Placed:
         """Takes the next stretch of the open segment for a record."""
@@ -95,10 +98,23 @@ class SegmentLog:
         return place
 
     def write(self, place: Placed, payload: memoryview | bytes) -> None:
-        """Writes a record where `place` says."""
-        handle = self._handles[self._open_id]
-        self._files.write(handle, pack_record(place.header, payload), place.offset)
+        """Writes a record where `place` says. If that fails, the stretch is free again."""
+        try:
+            self._write(self._open_id, pack_record(place.header, payload), place.offset)
+        except OSError:
+            self._sizes[self._open_id] = place.offset
+            raise
         self._records.append(place)
+
+    def _write(self, segment_id: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+        """Writes at the end of a segment, or leaves it as it was."""
+        handle = self._handles[segment_id]
+        try:
+            self._files.write(handle, buffers, offset)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._files.truncate(handle, offset)
+            raise
 
     def read(self, segment_id: int, size: int, offset: int) -> bytes:
         """Bytes of a segment. KeyError if it was dropped."""
@@ -106,45 +122,68 @@ class SegmentLog:
 
     def roll(self) -> None:
         """Seals the open segment and begins the next."""
-        self.seal_if_written()
+        self._seal_if_written()
         if self._open_id:
             return  # Nothing was written to it: it serves on.
-        segment_id = max(self._handles, default=0) + 1
+        while self.used_bytes + self.segment_bytes > self.capacity_bytes:
+            self.drop(min(self._handles))  # It was surplus earlier, and could not be deleted.
+        segment_id = self._last_id = self._last_id + 1
         handle = self._files.open(file_name(segment_id), create=True)
-        self._files.write(handle, [pack_first_page(segment_id)], 0)
+        try:
+            self._files.write(handle, [pack_first_page(segment_id)], 0)
+        except OSError:
+            self._files.close(handle)
+            self._files.remove(file_name(segment_id))
+            raise
         self._handles[segment_id] = handle
         self._sizes[segment_id] = PAGE_BYTES
         self._open_id = segment_id
 
-    def seal_if_written(self) -> None:
-        """Completes the open segment, if it has records, and waits until it is on the device."""
+    def sync(self) -> None:
+        """Returns when all records are on the device; the open segment stays open.
+
+        It has no footer then and is scanned at the next start. Sealing it instead would fill the
+        room with nearly empty segments wherever little is written.
+        """
+        if len(self._records) > self._safe_records:
+            self._files.sync(self._handles[self._open_id])
+            self._announce(self._open_id, self._records[self._safe_records :])
+            self._safe_records = len(self._records)
+
+    def _seal_if_written(self) -> None:
         if not self._open_id or not self._records:
             return
         segment_id, records = self._open_id, self._records
         self._seal(segment_id, records)
-        self._open_id, self._records = 0, []
+        self._announce(segment_id, records[self._safe_records :])
+        self._open_id, self._records, self._safe_records = 0, [], 0
 
     def surplus(self) -> int | None:
-        """The oldest segment, if it must go so that the next one will have room."""
-        if (len(self._handles) + 1) * self.segment_bytes <= self.capacity_bytes:
+        """The oldest segment, if it must go so that the open and the next one have their room."""
+        sealed = self._handles.keys() - {self._open_id}
+        sealed_bytes = sum(self._sizes[segment_id] for segment_id in sealed)
+        few = len(sealed) <= 2 * self.capacity_bytes // self.segment_bytes  # Each is an open file.
+        if few and sealed_bytes + 2 * self.segment_bytes <= self.capacity_bytes:
             return None
-        return min(self._handles)
+        return min(sealed)
 
     def drop(self, segment_id: int) -> None:
-        """Deletes a sealed segment."""
+        """Deletes a sealed segment, once what was written forward from it is on the device."""
         assert segment_id != self._open_id
-        handle = self._handles.pop(segment_id)
-        del self._sizes[segment_id]
+        self.sync()
         self._files.remove(file_name(segment_id))
-        self._files.close(handle)
+        self._files.close(self._handles.pop(segment_id))
+        del self._sizes[segment_id]
 
     def recover(self) -> list[Found]:
         """The intact records of all segments; unsealed ones are cut behind the last and sealed.
 
-        Files of another version or of strangers are left alone, and refused: TierError.
+        A segment that does not begin as it was written, or was written by another version, is
+        deleted; files with other names are left alone.
         """
         found: list[Found] = []
         for segment_id in segment_ids(self._files.names()):
+            self._last_id = segment_id
             handle = self._files.open(file_name(segment_id), create=False)
             try:
                 records = self._recover_segment(segment_id, handle)
@@ -164,30 +203,41 @@ class SegmentLog:
         if records is None:
             records = list(scan(self._files, handle))
             end = max((r.offset + record_bytes(r.header) for r in records), default=PAGE_BYTES)
-            self._files.truncate(handle, end)
             self._sizes[segment_id] = end
-            self._seal(segment_id, records)
+            try:
+                self._files.truncate(handle, end)
+                self._seal(segment_id, records)
+                self._announce(segment_id, records)
+            except OSError as error:  # A full device, say; the next start scans it again.
+                _log.warning("segment %d could not be sealed: %s", segment_id, error)
         self._sizes[segment_id] = self._files.size_bytes(handle)
         return records
 
     def _drop_surplus_at_start(self) -> None:
         """The limits may be smaller than those of the run before."""
-        while self._handles and self.used_bytes + self.segment_bytes > self.capacity_bytes:
-            self.drop(min(self._handles))
+        while (oldest := self.surplus()) is not None:
+            self.drop(oldest)
 
     def _seal(self, segment_id: int, records: list[Placed]) -> None:
-        footer = pack_footer(records)
-        handle = self._handles[segment_id]
-        self._files.write(handle, [footer], self._sizes[segment_id])
-        self._sizes[segment_id] += len(footer)
-        self._files.sync(handle)
-        size = sum(place.header.block_bytes for place in records)
-        self._on_sealed(segment_id, len(records), size)
+        footer, end = pack_footer(records), self._sizes[segment_id]
+        self._write(segment_id, [footer], end)
+        try:
+            self._files.sync(self._handles[segment_id])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._files.truncate(self._handles[segment_id], end)
+            raise
+        self._sizes[segment_id] = end + len(footer)
+
+    def _announce(self, segment_id: int, records: Sequence[Placed]) -> None:
+        blocks = [place.header for place in records if place.header.kind is Kind.BLOCK]
+        if blocks:
+            self._on_sealed(segment_id, len(blocks), sum(h.block_bytes for h in blocks))
 
     def close(self) -> None:
         """Seals what is open and lets go of the files."""
         try:
-            self.seal_if_written()
+            self._seal_if_written()
         finally:
             for handle in self._handles.values():
                 self._files.close(handle)

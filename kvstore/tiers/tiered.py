@@ -5,7 +5,7 @@ ancestors before the block, so that whatever lies below can be matched from its 
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Tier, Usage
@@ -81,12 +81,13 @@ class Tiered:
         return held
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        below = await self._slow.discard(refs) if self._slow is not None else 0
-        return below + await self.memory.discard(refs)
+        gone = set(refs)
+        return await self._forget(lambda tier: tier.discard(refs), lambda ref: ref in gone)
 
     async def clear(self, namespace: bytes) -> int:
-        below = await self._slow.clear(namespace) if self._slow is not None else 0
-        return below + await self.memory.clear(namespace)
+        return await self._forget(
+            lambda tier: tier.clear(namespace), lambda ref: ref.namespace == namespace
+        )
 
     def usage(self) -> list[Usage]:
         return self.memory.usage() + (self._slow.usage() if self._slow is not None else [])
@@ -149,6 +150,23 @@ class Tiered:
         """Writes everything that only memory has to the slower tier; memory keeps its copies."""
         if self._slow is not None:
             await self._write_below([slot for slot in self.memory.slots() if slot.indexed])
+
+    async def _forget(
+        self, forget: Callable[[Tier], Awaitable[int]], concerns: Callable[[BlockRef], bool]
+    ) -> int:
+        """Forgets above and below, also what was between the two at that moment."""
+        copies = await self._forget_once(forget)
+        promoting = {task for ref, task in self._promoting.items() if concerns(ref)}
+        if promoting:
+            await asyncio.wait(promoting)
+            copies += await self._forget_once(forget)
+        return copies
+
+    async def _forget_once(self, forget: Callable[[Tier], Awaitable[int]]) -> int:
+        # Under the lock nothing is being demoted: what memory forgets does not turn up below.
+        async with self._making_room:
+            copies = await forget(self.memory)
+            return copies + (await forget(self._slow) if self._slow is not None else 0)
 
     def _start_promotion(self, wants: list[Want]) -> "asyncio.Task[dict[BlockRef, Acquired]]":
         promotion = asyncio.create_task(self._promote(wants))

@@ -1,0 +1,104 @@
+"""Fixtures: the seed, a real Redis, tiers over simulated seams, and nodes that really serve.
+
+What only some tests need is imported by the fixtures that need it: tests of the GPU run where
+neither Redis nor the server's libraries are installed.
+"""
+
+import os
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from kvstore_workers.redis_server import RedisServer
+    from tests.sim.nodes import Nodes
+    from tests.sim.rig import Rig
+
+SEED_VARIABLE = "KVSTORE_TEST_SEED"
+REDIS_VARIABLE = "KVSTORE_REDIS_URL"
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """What all randomness of this run comes from: `KVSTORE_TEST_SEED`, or another each time."""
+    return int(os.environ.get(SEED_VARIABLE) or random.SystemRandom().randrange(2**32))
+
+
+@pytest.fixture
+def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
+    """The random source of one test; the same one again when this test runs with the same seed."""
+    print(f"{SEED_VARIABLE}={seed}")  # noqa: T201 - pytest shows it with a failure
+    return random.Random(f"{seed} {request.node.name}")
+
+
+@pytest.fixture(scope="session")
+def redis_server_url() -> Iterator[str]:
+    """A real Redis for the whole run: `KVSTORE_REDIS_URL`, or an embedded one."""
+    pytest.importorskip("redis")
+    from kvstore.api.errors import ConfigError
+    from kvstore_workers.redis_server import RedisServer
+
+    server = RedisServer(os.environ.get(REDIS_VARIABLE) or None, policy="noeviction")
+    try:
+        server.start()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with server:
+        yield server.url
+
+
+@pytest.fixture
+def redis_url(redis_server_url: str) -> Iterator[str]:
+    """A real Redis that holds nothing of ours, neither before nor after the test."""
+    _forget_all(redis_server_url)
+    yield redis_server_url
+    _forget_all(redis_server_url)
+
+
+@pytest.fixture
+def private_redis() -> Iterator["RedisServer"]:
+    """A real Redis for one test, which may stop, freeze and kill it."""
+    pytest.importorskip("redis")
+    from kvstore.api.errors import ConfigError
+    from kvstore_workers.redis_server import RedisServer
+
+    try:
+        server = RedisServer(policy="noeviction").start()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with server:
+        yield server
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator["Rig"]:
+    """Tiers over simulated time and files; checked, whatever the test did, and closed."""
+    pytest.importorskip("redis")
+    from tests.sim.rig import Rig
+
+    rig = Rig()
+    yield rig
+    await rig.finish()
+
+
+@pytest.fixture
+async def nodes(tmp_path: Path) -> AsyncIterator["Nodes"]:
+    """Nodes that serve over gRPC and clients of them; checked and stopped at the end."""
+    pytest.importorskip("pydantic")
+    from tests.sim.nodes import Nodes
+
+    nodes = Nodes(tmp_path)
+    yield nodes
+    await nodes.finish()
+
+
+def _forget_all(url: str) -> None:
+    """Deletes what kvstore keeps; the server may be somebody else's, who has other keys."""
+    import redis
+
+    with redis.from_url(url) as client:
+        for key in list(client.scan_iter(match="kvstore:*", count=1000)):
+            client.delete(key)

@@ -1,0 +1,874 @@
+"""The disk tier: what it keeps over restarts, crashes, full devices and damaged files."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import random
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvstore.api.errors import ConfigError, TierError
+from kvstore.api.tier import Block, BlockRef, Load
+from kvstore.files import DirectoryFiles
+from kvstore.names import block_name
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.segment import PAGE_BYTES, file_name
+from tests.sim.blocks import block_of, chain_of, load_all, namespace_of, present
+from tests.sim.clock import settle
+from tests.sim.files import FailAlways, FailNth, SimulatedFiles
+from tests.sim.rig import SEAL_AFTER_S, Rig
+from tests.sim.runner import GatedRunner
+
+MINE, THEIRS = namespace_of("mine"), namespace_of("theirs")
+SIZE = 6000
+RECORD_BYTES = PAGE_BYTES + 2 * PAGE_BYTES
+"""What a block of SIZE takes on disk, uncompressed."""
+SMALL_SEGMENT = 1 << 16
+SMALL_CAPACITY = 6 * SMALL_SEGMENT
+
+
+def chain(word: str = "chain", count: int = 10, namespace: bytes = MINE) -> list[Block]:
+    """A chain of blocks of SIZE."""
+    return chain_of(word, count, namespace, SIZE)
+
+
+def refs_of(blocks: Sequence[Block]) -> list[BlockRef]:
+    return [block.ref for block in blocks]
+
+
+async def small(rig: Rig, files: SimulatedFiles, **options: int) -> DiskTier:
+    """A tier that has to drop segments soon."""
+    return await rig.disk(
+        files, **({"capacity_bytes": SMALL_CAPACITY, "segment_bytes": SMALL_SEGMENT} | options)
+    )
+
+
+def kill(rig: Rig, files: SimulatedFiles, tier: DiskTier) -> None:
+    """Ends the process of a tier: nothing is sealed or closed, what was written is there."""
+    rig.gone(tier)
+    files.restart()
+
+
+async def close(rig: Rig, files: SimulatedFiles, tier: DiskTier) -> None:
+    """Ends a tier in order."""
+    tier.check()
+    rig.gone(tier)
+    await tier.close()
+    assert files.open_handles == 0
+
+
+# Restarts.
+
+
+async def test_a_closed_tier_is_read_by_its_footers(rig: Rig) -> None:
+    """After an orderly end nothing but first pages and footers is read, and all is there."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    blocks = chain(count=12)
+    assert await tier.store(blocks) == [True] * 12
+    await close(rig, files, tier)
+    segments = len(files.names())
+    assert segments > 1
+    files.done.clear()
+    tier = await small(rig, files)
+    assert files.done["read"] <= 3 * segments
+    assert await present(tier, blocks) == [True] * 12
+
+
+async def test_a_killed_tier_is_read_by_scanning(rig: Rig) -> None:
+    """What was stored before kill -9 is served after it; then its segments have footers again."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    blocks = chain(count=12)
+    await tier.store(blocks)
+    kill(rig, files, tier)
+    tier = await small(rig, files)
+    assert await present(tier, blocks) == [True] * 12
+    kill(rig, files, tier)
+    files.done.clear()
+    tier = await small(rig, files)
+    assert files.done["read"] <= 3 * len(files.names())
+    assert await present(tier, blocks) == [True] * 12
+    assert sum(blocks for _, blocks, _ in rig.sealed) == 12
+
+
+async def test_a_restarted_tier_goes_on(rig: Rig) -> None:
+    """It takes new blocks below old ones, over many restarts of either kind."""
+    files = SimulatedFiles()
+    blocks = chain(count=12)
+    for start in range(0, 12, 2):
+        tier = await rig.disk(files)
+        assert await present(tier, blocks) == [True] * start + [False] * (12 - start)
+        assert await tier.store(blocks[: start + 2]) == [True] * (start + 2)
+        if start % 4:
+            kill(rig, files, tier)
+        else:
+            await close(rig, files, tier)
+    tier = await rig.disk(files)
+    assert await present(tier, blocks) == [True] * 12
+
+
+def cuts(rng: random.Random, blocks: int) -> list[int]:
+    """Places in a segment of so many records: around every page of the last three, and anywhere."""
+    first = PAGE_BYTES + (blocks - 3) * RECORD_BYTES
+    end = PAGE_BYTES + blocks * RECORD_BYTES
+    near = [page + by for page in range(first, end + 1, PAGE_BYTES) for by in (-1, 0, 1, 100)]
+    return [cut for cut in near if cut <= end] + [rng.randrange(end) for _ in range(40)]
+
+
+def whole_records(cut: int, blocks: int) -> int:
+    """How many records lie before the cut, with all bytes of their payload."""
+    ends = [PAGE_BYTES + n * RECORD_BYTES + PAGE_BYTES + SIZE for n in range(blocks)]
+    return sum(end <= cut for end in ends)
+
+
+async def test_a_torn_tail_is_cut(rig: Rig, rng: random.Random) -> None:
+    """Wherever the file ends after a crash: every whole record counts, nothing torn does."""
+    original = SimulatedFiles()
+    blocks = chain(count=8)
+    tier = await rig.disk(original)
+    await tier.store(blocks)
+    kill(rig, original, tier)
+    name = file_name(1)
+    for cut in cuts(rng, 8):
+        files = original.copy()
+        files.put(name, bytes(original.content(name)[:cut]))
+        tier = await rig.disk(files)
+        whole = whole_records(cut, 8)
+        assert await present(tier, blocks) == [True] * whole + [False] * (8 - whole), f"cut {cut}"
+        assert await tier.store(blocks) == [True] * 8
+        await close(rig, files, tier)
+        tier = await rig.disk(files)
+        assert await present(tier, blocks) == [True] * 8, f"cut {cut}"
+        await close(rig, files, tier)
+
+
+async def test_a_scribbled_tail_is_cut(rig: Rig, rng: random.Random) -> None:
+    """The same where the rest of the file is noise instead of missing."""
+    original = SimulatedFiles()
+    blocks = chain(count=8)
+    tier = await rig.disk(original)
+    await tier.store(blocks)
+    kill(rig, original, tier)
+    name = file_name(1)
+    for cut in cuts(rng, 8):
+        files = original.copy()
+        content = original.content(name)
+        files.put(name, bytes(content[:cut]) + rng.randbytes(len(content) - cut))
+        tier = await rig.disk(files)
+        whole = whole_records(cut, 8)
+        held = await present(tier, blocks)
+        assert held == [True] * whole + [False] * (8 - whole), f"cut {cut}"
+        await close(rig, files, tier)
+
+
+async def test_a_damaged_first_page_costs_its_segment_alone(rig: Rig, rng: random.Random) -> None:
+    """Its blocks are gone, and their descendants elsewhere; all others are there."""
+    original = SimulatedFiles()
+    tier = await small(rig, original)
+    chains = [chain(word, 8) for word in "abcd"]
+    for blocks in chains:
+        await tier.store(blocks)
+    await close(rig, original, tier)
+    everything = [block for blocks in chains for block in blocks]
+    lost = 0
+    for name in original.names():
+        files = original.copy()
+        for _ in range(3):
+            files.flip(name, rng.randrange(36 * 8))
+        tier = await small(rig, files)
+        held = await present(tier, everything)
+        lost += held.count(False)
+        for start in range(0, len(held), 8):
+            assert held[start : start + 8] == sorted(held[start : start + 8], reverse=True)
+        assert await tier.store(everything) == [True] * len(everything)
+        await close(rig, files, tier)
+    assert len(everything) <= lost < len(everything) * len(original.names())
+
+
+async def test_a_damaged_footer_is_replaced_by_scanning(rig: Rig, rng: random.Random) -> None:
+    """Whatever bit of footer or last page is wrong, every block is found."""
+    original = SimulatedFiles()
+    blocks = chain(count=8)
+    tier = await rig.disk(original)
+    await tier.store(blocks)
+    await close(rig, original, tier)
+    name = file_name(1)
+    start = PAGE_BYTES + 8 * RECORD_BYTES
+    size = len(original.content(name))
+    entries = 8 * 264
+    bits = [rng.randrange(8 * entries) for _ in range(30)]
+    bits += [8 * (size - PAGE_BYTES - start) + bit for bit in range(0, 40 * 8, 5)]
+    for bit in bits:
+        files = original.copy()
+        files.flip(name, 8 * start + bit)
+        files.done.clear()
+        tier = await rig.disk(files)
+        assert files.done["read"] > 16, "the footer was believed"
+        assert await present(tier, blocks) == [True] * 8
+        await close(rig, files, tier)
+
+
+async def test_strangers_files_are_left_alone(rig: Rig) -> None:
+    """Only segments are read; whatever else lies in the directory stays as it is."""
+    files = SimulatedFiles()
+    strangers = ["README.txt", ".lock", "z" * 16 + ".segment", "1.segment", "+" * 16 + ".segment"]
+    for name in strangers:
+        files.put(name, b"not ours")
+    tier = await rig.disk(files)
+    blocks = chain(count=4)
+    await tier.store(blocks)
+    assert await present(tier, blocks) == [True] * 4
+    assert all(files.content(name) == b"not ours" for name in strangers)
+
+
+async def test_smaller_limits_hold_from_the_next_start(rig: Rig) -> None:
+    """A run with less capacity drops the oldest segments before it serves."""
+    files = SimulatedFiles()
+    tier = await small(rig, files, capacity_bytes=20 * SMALL_SEGMENT)
+    chains = [chain(f"chain {number}", 4) for number in range(16)]
+    for blocks in chains:
+        await tier.store(blocks)
+    await close(rig, files, tier)
+    assert files.total_bytes > SMALL_CAPACITY
+    tier = await small(rig, files)
+    assert files.total_bytes <= SMALL_CAPACITY
+    assert await present(tier, chains[-1]) == [True] * 4
+    assert await present(tier, chains[0]) == [False] * 4
+    for blocks in chains:
+        await tier.store(blocks)
+        assert files.total_bytes <= SMALL_CAPACITY
+
+
+# Capacity.
+
+
+@pytest.mark.parametrize("size", [1, 100, PAGE_BYTES, 9000])
+async def test_capacity_is_hard(rig: Rig, size: int) -> None:
+    """The files together never take more than allowed, at no moment, whatever is stored."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    for number in range(125):
+        assert await tier.store(chain_of(f"chain {number}", 8, MINE, size)) == [True] * 8
+        assert files.peak_bytes <= SMALL_CAPACITY
+        tier.check()
+    assert files.peak_bytes > SMALL_CAPACITY // 2, "the room is not used"
+    assert rig.counted("disk_segments_dropped") > 10
+
+
+async def test_capacity_is_hard_for_all_sizes_at_once(rig: Rig, rng: random.Random) -> None:
+    """The same with every size from one byte to more than a segment, and with restarts."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    for number in range(300):
+        size = rng.choice([1, 100, 5000, 20_000, SMALL_SEGMENT // 2, SMALL_SEGMENT])
+        blocks = chain_of(f"chain {number}", rng.randint(1, 4), MINE, size)
+        held = await tier.store(blocks)
+        assert all(held) == (size < SMALL_SEGMENT)
+        assert files.peak_bytes <= SMALL_CAPACITY
+        if rng.random() < 0.05:
+            tier.check()
+            kill(rig, files, tier)
+            tier = await small(rig, files)
+    assert rig.counted("disk_segments_dropped") > 10
+
+
+async def test_a_block_larger_than_a_segment_is_refused(rig: Rig) -> None:
+    """It is not held, and what comes after it is."""
+    tier = await small(rig, SimulatedFiles())
+    large = chain_of("large", 2, MINE, SMALL_SEGMENT)
+    blocks = chain(count=3)
+    assert await tier.store([*large, *blocks]) == [False, False, True, True, True]
+    assert await present(tier, [*large, *blocks]) == [False, False, True, True, True]
+
+
+async def test_hot_blocks_are_written_forward(rig: Rig) -> None:
+    """A chain that is read now and then outlives its segment many times over; others do not."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    hot, cold = chain("hot", 3), chain("cold", 3)
+    await tier.store([*hot, *cold])
+    for number in range(60):
+        await tier.store(chain(f"filler {number}", 3))
+        assert await present(tier, hot) == [True] * 3
+        tier.check()
+    assert await present(tier, cold) == [False] * 3
+    assert rig.counted("disk_forwarded_bytes") >= 3 * SIZE
+    assert files.peak_bytes <= SMALL_CAPACITY
+    kill(rig, files, tier)
+    tier = await small(rig, files)
+    assert await present(tier, hot) == [True] * 3
+
+
+async def test_a_parent_goes_forward_with_its_children(rig: Rig) -> None:
+    """A prompt that grows turn by turn stays whole, though its start is as old as the log."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    prompt = chain("prompt", 16)
+    for turn in range(16):
+        assert await tier.store(prompt[: turn + 1]) == [True] * (turn + 1)
+        await tier.store(chain(f"filler {turn}", 3))
+        tier.check()
+    assert await present(tier, prompt) == [True] * 16
+    assert rig.counted("disk_segments_dropped") > 0
+
+
+async def test_a_trickle_fills_the_room_before_anything_is_dropped(rig: Rig) -> None:
+    """Segments that were sealed because of their age, nearly empty, do not push out others."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    blocks = [chain(f"single {number}", 1)[0] for number in range(12)]
+    for block in blocks:
+        assert await tier.store([block]) == [True]
+        await rig.clock.advance(2 * SEAL_AFTER_S)
+    assert 12 * (2 * PAGE_BYTES + RECORD_BYTES) < SMALL_CAPACITY - 2 * SMALL_SEGMENT
+    assert await present(tier, blocks) == [True] * 12
+    assert files.peak_bytes <= SMALL_CAPACITY
+
+
+# Chains.
+
+
+async def test_an_orphan_is_refused_and_counted(rig: Rig) -> None:
+    """Without its parent a block could never be matched, so it takes no room."""
+    tier = await rig.disk()
+    blocks = chain(count=6)
+    assert await tier.store([blocks[0], blocks[2], blocks[3]]) == [True, False, False]
+    assert rig.counted("disk_orphans") == 2
+    assert await tier.store(blocks) == [True] * 6
+
+
+async def test_what_loses_its_parent_is_gone(rig: Rig) -> None:
+    """A discarded block takes its descendants along, also those of other namespaces."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    trunk = chain(count=4)
+    branch = block_of(BlockRef(THEIRS, b"b" * 32), trunk[-1].ref, SIZE)
+    await tier.store([*trunk, branch])
+    await tier.discard([trunk[1].ref])
+    assert await present(tier, [*trunk, branch]) == [True, False, False, False, False]
+    tier.check()
+    kill(rig, files, tier)
+    tier = await rig.disk(files)
+    assert await present(tier, [*trunk, branch]) == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("codec", ["raw", "bitshuffle-lz4"])
+async def test_random_histories_follow_the_model(
+    rig: Rig, rng: random.Random, codec: str
+) -> None:
+    """Whatever is stored, read, forgotten and restarted: closed, within its room, never wrong.
+
+    What was discarded or cleared does not come back before it is stored again, restarts or not.
+    """
+    files = SimulatedFiles()
+    options = {"capacity_bytes": SMALL_CAPACITY, "segment_bytes": SMALL_SEGMENT}
+    tier = await rig.disk(files, codec=codec, **options)
+    chains = [
+        chain_of(f"{number}", 6, rng.choice([MINE, THEIRS]), rng.choice([50, 5000]))
+        for number in range(12)
+    ]
+    forgotten: set[BlockRef] = set()
+    seen: dict[str, int] = dict.fromkeys(["store", "load", "discard", "clear", "kill", "close"], 0)
+    for _ in range(500):
+        blocks = rng.choice(chains)
+        weights = [40, 30, 8, 2, 3, 3]
+        what = rng.choices(list(seen), weights)[0]
+        seen[what] += 1
+        if what == "store":
+            held = await tier.store(blocks[: rng.randint(1, 6)])
+            forgotten -= {b.ref for b, kept in zip(blocks, held, strict=False) if kept}
+        elif what == "load":
+            here = await present(tier, blocks)
+            assert here == sorted(here, reverse=True), "a hole in a chain"
+        elif what == "discard":
+            chosen = rng.sample(refs_of(blocks), 2)
+            await tier.discard(chosen)
+            forgotten |= set(chosen)
+        elif what == "clear":
+            namespace = rng.choice([MINE, THEIRS])
+            await tier.clear(namespace)
+            forgotten |= {b.ref for c in chains for b in c if b.ref.namespace == namespace}
+        else:
+            tier.check()
+            await (close(rig, files, tier) if what == "close" else _killed(rig, files, tier))
+            tier = await rig.disk(files, codec=codec, **options)
+        tier.check()
+        assert files.peak_bytes <= SMALL_CAPACITY
+        assert not any(await tier.locate(sorted(forgotten))), "the dead have risen"
+    assert all(seen.values())
+    assert rig.counted("disk_segments_dropped") > 0
+
+
+async def _killed(rig: Rig, files: SimulatedFiles, tier: DiskTier) -> None:
+    kill(rig, files, tier)
+
+
+# Forgetting.
+
+
+@pytest.mark.parametrize("whole_namespace", [False, True])
+@pytest.mark.parametrize("orderly", [False, True])
+async def test_what_was_forgotten_stays_forgotten(
+    rig: Rig, whole_namespace: bool, orderly: bool
+) -> None:
+    """Over restarts, and while the segments that held block and record are dropped one by one."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    secret = chain("secret", 4)
+    await tier.store(secret)
+    await tier.store(chain("between", 6, THEIRS))
+    if whole_namespace:
+        assert await tier.clear(MINE) == 4
+    else:
+        assert await tier.discard(refs_of(secret)) == 4
+    for number in range(12):
+        await tier.store(chain(f"filler {number}", 4, THEIRS))
+        if orderly:
+            await close(rig, files, tier)
+        else:
+            kill(rig, files, tier)
+        tier = await small(rig, files)
+        assert await present(tier, secret) == [False] * 4
+        assert await tier.locate(refs_of(secret)) == [None] * 4
+    assert rig.counted("disk_segments_dropped") > 0
+
+
+async def test_what_is_stored_after_it_was_forgotten_stays(rig: Rig) -> None:
+    """A record of oblivion concerns what was written before it, not what comes after."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks = chain(count=4)
+    for _ in range(3):
+        await tier.store(blocks)
+        await tier.clear(MINE)
+        await tier.store(blocks)
+        await tier.discard([blocks[-1].ref])
+        await tier.store(blocks)
+        kill(rig, files, tier)
+        tier = await rig.disk(files)
+        assert await present(tier, blocks) == [True] * 4
+        await tier.clear(MINE)
+        kill(rig, files, tier)
+        tier = await rig.disk(files)
+        assert await present(tier, blocks) == [False] * 4
+
+
+# Damage.
+
+
+async def test_a_damaged_block_is_dropped_counted_and_repaired(
+    rig: Rig, rng: random.Random
+) -> None:
+    """A flipped bit is a miss; the next store writes the block again, with its descendants."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks, others = chain(count=6), chain("others", 4)
+    await tier.store([*blocks, *others])
+    for number in range(1, 41):
+        victim = rng.randrange(6)
+        place = tier._index.find(block_name(blocks[victim].ref))
+        assert place is not None
+        start = place.offset + PAGE_BYTES
+        files.flip(file_name(place.segment_id), 8 * start + rng.randrange(8 * SIZE))
+        here = await present(tier, [*blocks, *others])
+        assert here[victim] is False
+        assert here[6:] == [True] * 4
+        assert rig.counted("corrupt", tier="disk") == number
+        assert await present(tier, blocks) == [True] * victim + [False] * (6 - victim)
+        assert await tier.store(blocks) == [True] * 6
+        assert await present(tier, blocks) == [True] * 6
+        tier.check()
+
+
+async def test_an_unreadable_block_costs_itself_alone(rig: Rig) -> None:
+    """A sector that cannot be read is a miss of one block, not of the batch around it."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks, others = chain(count=4), chain("others", 4)
+    await tier.store([*blocks, *others])
+    files.fault = FailNth(3, errno.EIO, ["read"])
+    here = await present(tier, [*others, *blocks])
+    assert files.injected["read"] == 1
+    assert here.count(False) == 1
+    files.fault = None
+    await tier.store([*others, *blocks])
+    assert await present(tier, [*others, *blocks]) == [True] * 8
+
+
+# Failing devices.
+
+
+async def attempt(call: Awaitable[object]) -> None:
+    """As `Guarded` does: of a call that met a broken device nothing is known."""
+    with contextlib.suppress(OSError, TierError):
+        await call
+
+
+async def script(tier: DiskTier, rng: random.Random) -> None:
+    """Some of everything, enough to roll and drop segments, whatever the device does."""
+    for number in range(10):
+        blocks = chain_of(f"{number % 6}", 5, rng.choice([MINE, THEIRS]), rng.choice([50, 5000]))
+        await attempt(tier.store(blocks))
+        await attempt(load_all(tier, blocks))
+        if number % 4 == 2:
+            await attempt(tier.discard([blocks[3].ref]))
+        if number == 6:
+            await attempt(tier.clear(THEIRS))
+
+
+CHANGES = ["open", "write", "truncate", "sync", "remove"]
+
+
+async def operations_of_script(rig: Rig, seed: str, operations: Sequence[str]) -> int:
+    """How many operations of these kinds the script needs on a healthy device."""
+    files = SimulatedFiles()
+    counter = files.fault = FailNth(0, errno.EIO, operations)
+    tier = await small(rig, files)
+    await script(tier, random.Random(seed))
+    await close(rig, files, tier)
+    assert rig.counted("disk_segments_dropped") > 0, "the script is too short"
+    return counter.seen
+
+
+async def serves(tier: DiskTier, word: str) -> None:
+    """The tier takes what is new, more than it has room for, and gives it back."""
+    for number in range(12):
+        blocks = chain(f"{word} {number}", 4)
+        assert await tier.store(blocks) == [True] * 4
+        assert await present(tier, blocks) == [True] * 4
+        tier.check()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+async def test_an_error_anywhere_leaves_the_tier_working(
+    rig: Rig, rng: random.Random, code: int
+) -> None:
+    """Whichever operation fails once, the tier goes on, within its room, and restarts."""
+    seed = str(rng.random())
+    operations = [*CHANGES, "read"]
+    total = await operations_of_script(rig, seed, operations)
+    for number in range(1, total + 1):
+        files = SimulatedFiles()
+        tier = await small(rig, files)
+        files.fault = FailNth(number, code, operations)
+        await script(tier, random.Random(seed))
+        assert sum(files.injected.values()) <= 1
+        await serves(tier, f"after {number}")
+        assert files.peak_bytes <= SMALL_CAPACITY, f"operation {number}"
+        kill(rig, files, tier)
+        tier = await small(rig, files)
+        await script(tier, random.Random(seed))
+        await close(rig, files, tier)
+
+
+async def test_a_full_device_is_survived(rig: Rig) -> None:
+    """While there is no room nothing is held that is not there; with room it all goes on."""
+    files = SimulatedFiles(room_bytes=SMALL_CAPACITY // 2)
+    tier = await small(rig, files)
+    for number in range(40):
+        blocks = chain(f"{number}", 4)
+        held = [False] * 4
+        with contextlib.suppress(OSError, TierError):
+            held = await tier.store(blocks)
+        here = await present(tier, blocks)
+        assert all(is_here for is_here, kept in zip(here, held, strict=True) if kept)
+        tier.check()
+    assert files.injected["enospc"] > 0
+    assert files.total_bytes <= SMALL_CAPACITY // 2
+    files.room_bytes = None
+    await serves(tier, "afterwards")
+    assert files.peak_bytes <= SMALL_CAPACITY
+
+
+@pytest.mark.parametrize("operation", ["sync", "remove", "read", "open"])
+async def test_a_lasting_fault_never_costs_more_room(rig: Rig, operation: str) -> None:
+    """A device that keeps failing one kind of operation does not make the files outgrow it."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    await serves(tier, "before")
+    files.fault = FailAlways(errno.EIO, [operation])
+    for number in range(30):
+        blocks = chain(f"{number}", 4)
+        with contextlib.suppress(OSError, TierError):
+            await tier.store(blocks)
+        with contextlib.suppress(OSError, TierError):
+            await present(tier, blocks)
+        assert files.peak_bytes <= SMALL_CAPACITY
+    assert files.injected[operation] > 0
+    files.fault = None
+    await serves(tier, "after")
+    assert files.peak_bytes <= SMALL_CAPACITY
+    kill(rig, files, tier)
+    await serves(await small(rig, files), "restarted")
+    assert files.peak_bytes <= SMALL_CAPACITY
+
+
+async def test_a_sector_that_cannot_be_read_does_not_stop_the_log(rig: Rig) -> None:
+    """Hot blocks of a segment that went bad are lost; the segment goes, and room comes back."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    hot = chain("hot", 3)
+    await tier.store(hot)
+    await present(tier, hot)
+    files.fault = FailAlways(errno.EIO, ["read"], lambda name: name == file_name(1))
+    for number in range(20):
+        with contextlib.suppress(OSError, TierError):
+            await tier.store(chain(f"filler {number}", 4))
+    assert files.injected["read"] > 0
+    assert file_name(1) not in files.names()
+    assert files.peak_bytes <= SMALL_CAPACITY
+    await serves(tier, "after")
+
+
+def promised_names(tier: DiskTier, sealed: set[int]) -> list[bytes]:
+    """The blocks that lie, like all their ancestors, in segments that were said to be sealed."""
+    promised: dict[bytes, bool] = {}
+
+    def is_promised(name: bytes) -> bool:
+        if name not in promised:
+            entry = tier._index.find(name)
+            assert entry is not None
+            parent = entry.header.parent
+            above = parent is None or is_promised(parent)
+            promised[name] = above and entry.segment_id in sealed
+        return promised[name]
+
+    return [name for name in tier._index._entries if is_promised(name)]
+
+
+async def test_a_crash_of_the_machine_anywhere_is_survived(rig: Rig, rng: random.Random) -> None:
+    """Power fails at every operation in turn: afterwards no wrong byte, and chains are closed.
+
+    What was said to be sealed, and was still in its segment, is there.
+    """
+    seed = str(rng.random())
+    total = await operations_of_script(rig, seed, CHANGES)
+    survivors = 0
+    for number in range(1, total + 1):
+        files = SimulatedFiles()
+        tier = await small(rig, files)
+        rig.sealed.clear()
+
+        def lose_power(operation: str, name: str, fail: FailNth = FailNth(
+            number, errno.EIO, CHANGES
+        ), files: SimulatedFiles = files) -> None:
+            try:
+                fail(operation, name)
+            except OSError:
+                files.turn_off()
+                raise
+
+        files.fault = lose_power
+        await script(tier, random.Random(seed))
+        sealed = {segment for segment, _, _ in rig.sealed}
+        promised = promised_names(tier, sealed)
+        rig.gone(tier)
+        files.crash(rng)
+        tier = await small(rig, files)
+        tier.check()
+        everything = [
+            block
+            for number in range(6)
+            for namespace in (MINE, THEIRS)
+            for size in (50, 5000)
+            for block in chain_of(f"{number}", 5, namespace, size)
+        ]
+        await load_all(tier, everything)
+        missing = [name for name in promised if tier._index.find(name) is None]
+        assert not missing, f"operation {number}: {len(missing)} sealed blocks are gone"
+        survivors += len(promised)
+        await serves(tier, f"after {number}")
+        assert files.peak_bytes <= SMALL_CAPACITY
+        await close(rig, files, tier)
+    assert survivors > total
+
+
+# Sealing.
+
+
+async def test_what_is_old_enough_survives_the_machine(rig: Rig, rng: random.Random) -> None:
+    """After `seal_after_s` at the latest a block is on the device, and that is announced."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks = chain(count=6)
+    await tier.store(blocks[:4])
+    await rig.clock.advance(SEAL_AFTER_S)
+    assert [blocks for _, blocks, _ in rig.sealed] == [4]
+    assert rig.sealed[0][2] == 4 * SIZE
+    await tier.store(blocks[4:])
+    rig.gone(tier)
+    files.crash(rng)
+    tier = await rig.disk(files)
+    here = await present(tier, blocks)
+    assert here[:4] == [True] * 4
+    assert here == sorted(here, reverse=True)
+
+
+async def test_an_idle_tier_seals_nothing(rig: Rig) -> None:
+    """Time alone writes nothing: neither without blocks nor once all of them are sealed."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    await rig.clock.advance(10 * SEAL_AFTER_S)
+    assert (files.names(), rig.sealed) == ([], [])
+    await tier.store(chain())
+    await rig.clock.advance(10 * SEAL_AFTER_S)
+    assert len(rig.sealed) == 1
+    assert files.done["sync"] == 1
+
+
+async def test_a_failed_seal_is_tried_again(rig: Rig) -> None:
+    """A device that could not sync is not believed; the next period seals."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks = chain()
+    await tier.store(blocks)
+    files.fault = FailNth(1, errno.EIO, ["sync"])
+    await rig.clock.advance(SEAL_AFTER_S)
+    assert (files.injected["sync"], rig.sealed) == (1, [])
+    await rig.clock.advance(SEAL_AFTER_S)
+    assert [count for _, count, _ in rig.sealed] == [10]
+    kill(rig, files, tier)
+    assert await present(await rig.disk(files), blocks) == [True] * 10
+
+
+# Callers that give up.
+
+
+async def test_a_store_that_is_cancelled_while_it_waits_spoils_nothing(rig: Rig) -> None:
+    """Its write may still happen, later, but never over the blocks that others wrote since.
+
+    1. A store hands its write to the pool, all of whose threads are busy, and is cancelled.
+    2. Others store so much that the segment is sealed and another one is open.
+    3. The pool comes to the write of step 1.
+    """
+    runner = GatedRunner()
+    files = SimulatedFiles()
+    tier = await rig.disk(
+        files, runner=runner, capacity_bytes=SMALL_CAPACITY, segment_bytes=SMALL_SEGMENT
+    )
+    early = chain("early", 2)
+    await tier.store(early)
+    for steps in range(3):
+        runner.held = True
+        late = asyncio.create_task(tier.store(chain(f"late {steps}", 1)))
+        await settle()
+        for _ in range(steps):
+            await runner.step()
+        assert runner.waiting
+        late.cancel()
+        runner.held = False
+        others = [asyncio.create_task(tier.store(chain(f"{steps} {n}", 4))) for n in range(2)]
+        await settle()
+        await runner.release()
+        with contextlib.suppress(asyncio.CancelledError):
+            await late
+        assert await asyncio.gather(*others) == [[True] * 4] * 2
+        for number in range(2):
+            assert await present(tier, chain(f"{steps} {number}", 4)) == [True] * 4
+        assert await present(tier, early) == [True] * 2
+        assert rig.counted("corrupt", tier="disk") == 0
+        tier.check()
+
+
+async def test_a_load_that_is_cancelled_writes_to_no_buffer(rig: Rig) -> None:
+    """After a cancelled load the caller may use the buffer for something else."""
+    runner = GatedRunner()
+    tier = await rig.disk(runner=runner)
+    blocks = chain(count=3)
+    await tier.store(blocks)
+    loads = [Load(block.ref, memoryview(bytearray(SIZE))) for block in blocks]
+    runner.held = True
+    loading = asyncio.create_task(tier.load(loads))
+    await settle()
+    assert runner.waiting == 3
+    loading.cancel()
+    await asyncio.wait([loading])
+    await runner.release()
+    assert all(load.into == bytes(SIZE) for load in loads)
+    assert await present(tier, blocks) == [True] * 3
+
+
+async def test_a_block_whose_segment_goes_during_a_read_is_a_miss(rig: Rig) -> None:
+    """A read that comes too late for its segment finds nothing, and nothing is called damaged."""
+    runner = GatedRunner()
+    files = SimulatedFiles()
+    tier = await rig.disk(
+        files, runner=runner, capacity_bytes=SMALL_CAPACITY, segment_bytes=SMALL_SEGMENT
+    )
+    blocks = chain("old", 3)
+    await tier.store(blocks)
+    runner.held = True
+    loading = asyncio.create_task(present(tier, blocks))
+    await settle()
+    runner.held = False
+    for number in range(20):
+        await tier.store(chain(f"filler {number}", 4))
+    assert file_name(1) not in files.names()
+    await runner.release()
+    assert await loading == [False] * 3
+    assert rig.counted("corrupt", tier="disk") == 0
+
+
+# Real directories.
+
+
+async def test_one_directory_serves_one_process(rig: Rig, tmp_path: Path) -> None:
+    """The second one is told so, by the name of the setting; the first one's end frees it."""
+    first = DirectoryFiles(tmp_path / "blocks")
+    with pytest.raises(ConfigError, match=r"disk\.path: .* in use by another process"):
+        DirectoryFiles(tmp_path / "blocks")
+    first.shut()
+    rig.real_files(tmp_path / "blocks")
+
+
+def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    """A file in its place is a mistake in the setting `disk.path`."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"disk\.path: .*file"):
+        DirectoryFiles(tmp_path / "file" / "blocks")
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022])
+async def test_only_the_owner_can_read_the_files(rig: Rig, tmp_path: Path, mask: int) -> None:
+    """Directory 0700 and files 0600, however generous the process's umask is."""
+    before = os.umask(mask)
+    try:
+        home = tmp_path / "blocks"
+        tier = await rig.disk(rig.real_files(home), runner=rig.threads())
+        await tier.store(chain())
+    finally:
+        os.umask(before)
+    assert home.stat().st_mode & 0o777 == 0o700
+    modes = {path.name: path.stat().st_mode & 0o777 for path in home.iterdir()}
+    assert len(modes) >= 2
+    assert set(modes.values()) == {0o600}
+
+
+async def test_files_on_a_real_device_survive_a_restart(rig: Rig, tmp_path: Path) -> None:
+    """The same as in the simulation: closed or not, what was stored is served."""
+    blocks = chain()
+    runner = rig.threads()
+    for orderly in (True, False, True):
+        files = DirectoryFiles(tmp_path / "blocks")
+        tier = await rig.disk(files, codec="bitshuffle-lz4", runner=runner)
+        await tier.store(blocks)
+        assert await present(tier, blocks) == [True] * 10
+        if orderly:
+            await tier.close()
+        rig.gone(tier)
+        files.shut()
+
+
+async def test_no_secret_name_lies_on_disk(rig: Rig) -> None:
+    """Neither namespaces nor keys are written: names on disk cannot be turned back."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks = chain()
+    await tier.store(blocks)
+    written = b"".join(files.content(name) for name in files.names())
+    assert MINE not in written
+    assert not any(block.ref.key in written for block in blocks)
