@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,13 +31,11 @@ from kvstore_workers.demo_model.model import (
     load_model,
     save_model,
 )
+from kvstore_workers.demo_model.plan import LR_PEAK, Phase, Plan, learning_rate
 
 MODEL_BYTES_MAX = 8_000_000
 LOG_EVERY_STEPS = 40
 EVALUATIONS = 10
-WARMUP_STEPS = 200
-LR_PEAK = 2.5e-3
-LR_FLOOR_SHARE = 0.03
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM_MAX = 1.0
 LICENCE = "PSF-2.0 text; weights Apache-2.0"
@@ -71,41 +69,6 @@ at most 3.6 nats per token, 1 when they are not or the check fails, 2 on a wrong
 """
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of the run at one context length."""
-
-    name: str
-    context_tokens: int
-    windows_per_batch: int
-    time_share: float
-    # A planning figure for two cores with bfloat16 matrix units. It is fixed, not measured, so
-    # that the number of steps, and with it the weights, follows from the arguments alone.
-    planned_tokens_per_second: float
-
-    def steps(self, minutes: float) -> int:
-        """Return how many steps this phase has in a run planned for `minutes`."""
-        tokens = minutes * 60 * self.time_share * self.planned_tokens_per_second
-        return max(1, round(tokens / (self.context_tokens * self.windows_per_batch)))
-
-
-PHASES = (
-    Phase("short", 256, 4, 0.68, 4800.0),
-    Phase("middle", 1024, 1, 0.16, 4600.0),
-    Phase("long", 3072, 1, 0.16, 2800.0),
-)
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Return the learning rate of `step`: a short linear rise, then half a cosine down."""
-    warmup_steps = min(WARMUP_STEPS, max(1, steps // 10))
-    if step < warmup_steps:
-        return LR_PEAK * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return LR_PEAK * (LR_FLOOR_SHARE + (1 - LR_FLOOR_SHARE) * cosine)
-
-
 def build_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     """Return AdamW with weight decay on the matrices only."""
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
@@ -134,13 +97,13 @@ class Run:
         self.recent_losses: list[float] = []
         self.started = time.monotonic()
 
-    def train(self, stream: Tensor, minutes: float, seed: int) -> None:
+    def train(self, stream: Tensor, plan: Plan) -> None:
         """Train through all phases, showing a progress bar on the console."""
-        steps = sum(phase.steps(minutes) for phase in PHASES)
+        steps = sum(phase.steps(plan.minutes) for phase in plan.phases)
         with progress_bar(self.console) as progress:
             task = progress.add_task("", total=steps, loss="")
-            for step, (phase, batch) in enumerate(schedule(stream, minutes, seed)):
-                self.take_step(batch, learning_rate(step, steps))
+            for step, (phase, batch) in enumerate(schedule(stream, plan)):
+                self.take_step(batch, learning_rate(step, steps, plan.lr_peak))
                 self.report(step + 1, steps, phase)
                 progress.update(
                     task,
@@ -186,13 +149,13 @@ class Run:
         self.log.flush()
 
 
-def schedule(stream: Tensor, minutes: float, seed: int) -> Iterator[tuple[Phase, Tensor]]:
+def schedule(stream: Tensor, plan: Plan) -> Iterator[tuple[Phase, Tensor]]:
     """Yield the batches of a whole run in order, each with its phase."""
-    for number, phase in enumerate(PHASES):
+    for number, phase in enumerate(plan.phases):
         batches = corpus.training_batches(
-            stream, phase.context_tokens, phase.windows_per_batch, seed + number
+            stream, phase.context_tokens, phase.windows_per_batch, plan.seed + number
         )
-        for _ in range(phase.steps(minutes)):
+        for _ in range(phase.steps(plan.minutes)):
             yield phase, next(batches)
 
 
@@ -231,19 +194,22 @@ def write_digest(folder: Path, losses: Losses, run: Run, split: corpus.Split) ->
     (folder / "digest.json").write_text(json.dumps(digest, indent=2) + "\n", encoding="utf-8")
 
 
-def train_into(folder: Path, minutes: float, seed: int, console: Console) -> Losses:
+def train_into(folder: Path, plan: Plan, console: Console) -> Losses:
     """Train a model, write its files to `folder` and return its final losses."""
     split = corpus.load_split()
     console.print(split.describe())
-    tokenizer = corpus.train_tokenizer(split.training)
+    tokenizer = begin_tokenizer(plan, split)
     tokenizer.save(str(folder / "tokenizer.json"))
-    stream = corpus.join_documents(corpus.encode_documents(tokenizer, split.training), seed)
+    stream = corpus.join_documents(corpus.encode_documents(tokenizer, split.training), plan.seed)
     documents = corpus.encode_documents(tokenizer, split.held_out)
     console.print(f"{len(stream)} tokens to train on, {sum(map(len, documents))} held out")
-    model = build_model(corpus.end_id(tokenizer), seed)
+    model = begin_model(plan, tokenizer)
     with (folder / "loss.jsonl").open("w", encoding="utf-8") as log:
         run = Run(model, HeldOut.cut(documents, limit_256=64, limit_3000=6), log, console)
-        run.train(stream, minutes, seed)
+        if plan.more_from is not None:
+            log.write((plan.more_from / "loss.jsonl").read_text(encoding="utf-8"))
+            run.tokens_seen = read_digest(plan.more_from)["tokens_trained"]
+        run.train(stream, plan)
     save_model(model, folder)
     if (folder / "model.safetensors").stat().st_size > MODEL_BYTES_MAX:
         raise DemoModelError(f"model.safetensors is larger than {MODEL_BYTES_MAX} bytes")
@@ -252,28 +218,52 @@ def train_into(folder: Path, minutes: float, seed: int, console: Console) -> Los
     return losses
 
 
-def train_command(out: Path, minutes: float, seed: int, console: Console) -> int:
+def begin_tokenizer(plan: Plan, split: corpus.Split) -> Tokenizer:
+    """Return the tokenizer that the run goes on with, or a new one."""
+    if plan.more_from is None:
+        return corpus.train_tokenizer(split.training)
+    tokenizer: Tokenizer = Tokenizer.from_file(str(plan.more_from / "tokenizer.json"))
+    return tokenizer
+
+
+def begin_model(plan: Plan, tokenizer: Tokenizer) -> LlamaForCausalLM:
+    """Return the model that the run begins with, in float32."""
+    if plan.more_from is None:
+        return build_model(corpus.end_id(tokenizer), plan.seed)
+    model: LlamaForCausalLM = load_model(plan.more_from).float()
+    return model.train()
+
+
+def train_command(out: Path, plan: Plan, console: Console) -> int:
     """Train into `out` and return the exit status; `out` changes only when the run is complete."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".training-", dir=out) as scratch:
-        losses = train_into(Path(scratch), minutes, seed, console)
+        losses = train_into(Path(scratch), plan, console)
         # The digest goes last: while it is the old one, --check notices a half-made change.
         for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == "digest.json"):
             path.chmod(0o644)
             path.replace(out / path.name)
     console.print(f"{losses.describe()}; {time.monotonic() - started:.0f} seconds in all")
     if not losses.good():
-        console.print(f"That is above {LOSS_LIMIT}: train again with more --minutes.")
+        console.print(
+            f"That is above {LOSS_LIMIT}: go on with --more-from {out}, or give more --minutes."
+        )
     return 0 if losses.good() else 1
+
+
+def read_digest(folder: Path) -> dict[str, Any]:
+    """Return what digest.json in `folder` says."""
+    try:
+        digest: dict[str, Any] = json.loads((folder / "digest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DemoModelError(f"{folder} holds no readable digest.json: {error}") from error
+    return digest
 
 
 def check_command(folder: Path, console: Console) -> int:
     """Check the files in `folder` against their digest and limits; return the exit status."""
-    try:
-        digest = json.loads((folder / "digest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DemoModelError(f"{folder} holds no readable digest.json: {error}") from error
+    digest = read_digest(folder)
     for key, name in (("sha256", "model.safetensors"), ("tokenizer_sha256", "tokenizer.json")):
         if sha256_of(folder / name) != digest.get(key):
             raise DemoModelError(f"{name} is not the file that digest.json names: train again")
@@ -332,6 +322,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "others keep busy, 1 is often the fastest, as no thread waits for a delayed one",
     )  # fmt: skip
     parser.add_argument(
+        "--more-from", type=Path, metavar="DIR",
+        help="go on from the model in DIR, at a context of 3072 tokens alone",
+    )  # fmt: skip
+    parser.add_argument(
         "--check", action="store_true",
         help="train nothing: verify the digest in DIR and evaluate the held-out losses again",
     )  # fmt: skip
@@ -346,7 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.check:
             return check_command(options.out, console)
-        return train_command(options.out, options.minutes, options.seed, console)
+        plan = Plan(options.minutes, options.seed, options.more_from)
+        return train_command(options.out, plan, console)
     except KeyboardInterrupt:
         console.print(f"Stopped; {options.out} holds what it held before.")
         return 130
