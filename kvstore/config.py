@@ -88,8 +88,8 @@ class AuthSettings(_Section):
 class ClusterSettings(_Section):
     """What this node is among others."""
 
-    node_id: str = Field(
-        "", max_length=63, pattern=r"^[A-Za-z0-9._-]*$", description="empty: host name and port"
+    node_id: str | None = Field(
+        None, max_length=63, pattern=r"^[A-Za-z0-9._-]*$", description="empty: host name and port"
     )
     secret_file: HomePath | None = Field(
         None,

@@ -143,11 +143,13 @@ class Node:
         """
         self._count_hint(hint)
         asked = (tuple(space_ids), tuple(keys), tuple(scopes), held_blocks)
-        earlier = self.leases.of_request(tenant.name, request_id) if request_id else None
-        if earlier is not None and earlier.asked == asked:
-            return Matched(earlier.blocks, self._runs(earlier), earlier)
+        if repeated := self._repeated(tenant, request_id, asked):
+            return Matched(repeated.blocks, self._runs(repeated), repeated)
         descriptors = [self.space(space_id) for space_id in space_ids]
         found = [await self._find(tenant, scopes, space_id, keys) for space_id in space_ids]
+        # Its caller may have repeated itself while this one was looking, and got his lease.
+        if repeated := self._repeated(tenant, request_id, asked):
+            return Matched(repeated.blocks, self._runs(repeated), repeated)
         present = [
             [at < held_blocks or tier is not None for at, (_, tier) in enumerate(row)]
             for row in found
@@ -170,12 +172,21 @@ class Node:
         )
         for row in found:
             self.tiers.memory.touch([ref for ref, _ in row[:length]], hint)
+        earlier = self.leases.of_request(tenant.name, request_id) if request_id else None
         if earlier is not None:
             self._release(earlier)
         if length <= held_blocks or lease_s <= 0:
             return Matched(length, self._runs(lease), None)
         self._grant(lease)
         return Matched(length, self._runs(lease), lease)
+
+    def _repeated(
+        self, tenant: Tenant, request_id: bytes, asked: tuple[object, ...]
+    ) -> Lease | None:
+        """The lease that this request got for the same question, as long as it holds."""
+        lease = self.leases.of_request(tenant.name, request_id) if request_id else None
+        holds = lease is not None and lease.expires_s > self.clock.monotonic_s()
+        return lease if lease is not None and holds and lease.asked == asked else None
 
     def release(self, tenant: Tenant, lease_id: bytes) -> None:
         """Ends a lease; unknown ones are ignored."""
@@ -271,21 +282,29 @@ class Node:
         self, window: list[Want], known: dict[BlockRef, Want]
     ) -> dict[BlockRef, Acquired]:
         """The blocks of a window in memory; those of the lease's chain are promoted for it."""
-        chained = [want for want in window if want.ref in known]
+        asked = {want.ref: want for want in window}  # A block may be asked for twice.
+        chained = [want for ref, want in asked.items() if ref in known]
         acquired = await self.tiers.acquire(chained) if chained else []
-        loose = [self.tiers.pin(want) for want in window if want.ref not in known]
+        loose = [self.tiers.pin(want) for ref, want in asked.items() if ref not in known]
         return {block.slot.ref: block for block in [*acquired, *loose] if block is not None}
 
     async def _load(
         self, wants: list[Want]
     ) -> dict[BlockRef, tuple[memoryview | None, bytes, str]]:
         """The blocks in buffers of their own, where memory has no room or the chain is unknown."""
-        loads = [Load(want.ref, memoryview(bytearray(want.size))) for want in wants]
+        sizes = {want.ref: want.size for want in wants}
+        places = await self.tiers.locate(list(sizes)) if sizes else []
+        # A buffer only for what is there: who asks for much that is nowhere must not cost much.
+        here = [ref for ref, place in zip(sizes, places, strict=True) if place is not None]
+        loads = [Load(ref, memoryview(bytearray(sizes[ref]))) for ref in here]
         answers = await self.tiers.load(loads) if loads else []
-        return {
-            load.ref: (load.into, loaded.digest, loaded.tier) if loaded else (None, b"", "")
+        missing: tuple[memoryview | None, bytes, str] = (None, b"", "")
+        found = {
+            load.ref: (load.into, loaded.digest, loaded.tier)
             for load, loaded in zip(loads, answers, strict=True)
+            if loaded is not None
         }
+        return {ref: found.get(ref, missing) for ref in sizes}
 
     async def _choose(
         self, tenant: Tenant, scopes: Sequence[str], space_id: bytes, keys: Sequence[bytes]

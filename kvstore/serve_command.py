@@ -36,7 +36,12 @@ def _setting_flags(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--supervised", is_flag=True, help="Drain and stop when standard input closes (for parents)."
 )
-@click.option("--log-level", default="info", show_default=True, help="debug, info, warning, error")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info",
+    show_default=True,
+)
 @_setting_flags
 def serve(config_file: Path | None, supervised: bool, log_level: str, **flags: str | None) -> None:
     """Run a store node until SIGTERM or Ctrl-C.

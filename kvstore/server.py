@@ -73,16 +73,16 @@ class NodeServer:
         metrics, events = Metrics(), Events()
         tenants = _tenants(settings)
         secret = _cluster_secret(settings.cluster, settings.disk)
-        runner = ThreadRunner(settings.disk.threads)
-        closers: list[Callable[[], Any]] = []
-        slow = await _slow_tiers(settings, runner, clock, metrics, events, closers)
-        memory = Memory(settings.memory.capacity_bytes, settings.memory.slab_bytes, Lru())
-        leased_bytes = int(settings.memory.capacity_bytes * settings.leases.memory_fraction)
         grpc_server = grpc.aio.server(
             options=_grpc_options(settings),
             maximum_concurrent_rpcs=settings.server.max_concurrent_calls,
         )
         port = _listen(grpc_server, settings.server.listen)
+        runner = ThreadRunner(settings.disk.threads)
+        closers: list[Callable[[], Any]] = []
+        slow = await _slow_tiers(settings, runner, clock, metrics, events, closers)
+        memory = Memory(settings.memory.capacity_bytes, settings.memory.slab_bytes, Lru())
+        leased_bytes = int(settings.memory.capacity_bytes * settings.leases.memory_fraction)
         node_id = settings.cluster.node_id or f"{socket.gethostname()}-{port}"
         node = Node(
             node_id=node_id,
@@ -96,7 +96,11 @@ class NodeServer:
         )
         health_servicer = health.aio.HealthServicer()
         server = cls(settings, node, grpc_server, health_servicer, runner, closers, port)
-        await server._serve(tenants)
+        try:
+            await server._serve(tenants)
+        except BaseException:
+            await server.stop()
+            raise
         return server
 
     async def _serve(self, tenants: Tenants) -> None:

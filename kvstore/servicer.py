@@ -8,6 +8,7 @@ import grpc
 
 import kvstore
 from kvstore.api.errors import STATUS, InvalidArgument, KvstoreError, TierError, Unavailable
+from kvstore.api.keys import KEY_BYTES
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc
 from kvstore.api.wire import (
@@ -211,8 +212,8 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
             metrics.request_seconds.labels(op).observe(seconds)
 
     async def _begin_write(self, tenant: Tenant, begin: pb.WriteBegin) -> Incoming:
-        if begin.parent_key:
-            unpack_keys(begin.parent_key, "begin.parent_key", least=1)
+        if len(begin.parent_key) not in (0, KEY_BYTES):
+            raise InvalidArgument(f"begin.parent_key: {KEY_BYTES} bytes are needed, or none")
         return await self._node.write(
             tenant,
             begin.scope,

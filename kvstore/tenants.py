@@ -67,7 +67,14 @@ class Tenants:
             raise ConfigError(f"auth.tokens_file: {path}: {error}") from None
         if set(content) - {"tenants"}:
             raise ConfigError(f"auth.tokens_file: {path}: only [tenants.NAME] tables are allowed")
-        return cls(dict(_entries(path, content.get("tenants", {}))))
+        hashes: dict[str, str] = {}
+        for value, name in _entries(path, content.get("tenants", {})):
+            if hashes.setdefault(value, name) != name:
+                raise ConfigError(
+                    f"auth.tokens_file: tenants.{name}.token_sha256: one of these is also a token "
+                    f"of {hashes[value]}; delete it from both"
+                )
+        return cls(hashes)
 
     @property
     def open_to_all(self) -> bool:

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("redis")
-pytest.importorskip("pydantic")
-
 from kvstore.api.tier import Block, BlockRef, Load, Tier
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.tiered import Tiered
@@ -23,7 +20,6 @@ from tests.sim.blocks import (
     chain_of,
     keys_of,
     load_all,
-    namespace_of,
     present,
 )
 from tests.sim.faulty import Faulty
@@ -372,8 +368,3 @@ async def test_concurrent_callers_get_exact_bytes(subject: Subject, tier: Tier) 
         present(tier, everything),
     )
     assert all(all(row) for row in answers)
-
-
-def test_a_namespace_is_its_word() -> None:
-    """The helper that names namespaces gives each word its own."""
-    assert namespace_of("a") == namespace_of("a") != namespace_of("b")

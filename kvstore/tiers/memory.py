@@ -107,21 +107,23 @@ class Memory:
         """
         slot_bytes = self._slabs.slot_bytes(size)
         chosen: list[Slot] = []
-        coldest_slab: int | None = None
         for ref in self._policy.victims():
             slot = self._index[ref]
-            if slot.pins:
-                continue
-            if coldest_slab is None:
-                coldest_slab = self._slabs.slab_of(slot.offset)
-            if self._slabs.slot_bytes(len(slot.view)) == slot_bytes:
+            if not slot.pins and self._slabs.slot_bytes(len(slot.view)) == slot_bytes:
                 chosen.append(slot)
                 if len(chosen) * slot_bytes >= least_bytes:
                     break
-        if chosen or coldest_slab is None:
-            return chosen
-        in_slab = [s for s in self._index.values() if self._slabs.slab_of(s.offset) == coldest_slab]
-        return [] if any(slot.pins for slot in in_slab) else in_slab
+        return chosen or self._coldest_slab()
+
+    def _coldest_slab(self) -> list[Slot]:
+        """The blocks of one slab that can be emptied, the coldest of them; [] if none can."""
+        slots = [*self._index.values(), *self._unindexed]
+        busy = {self._slabs.slab_of(s.offset) for s in slots if s.pins or not s.indexed}
+        for ref in self._policy.victims():
+            slab = self._slabs.slab_of(self._index[ref].offset)
+            if slab not in busy:
+                return [s for s in slots if self._slabs.slab_of(s.offset) == slab]
+        return []
 
     def evict(self, slot: Slot) -> None:
         """Forgets a block; its slot is free at once, or with the last pin."""

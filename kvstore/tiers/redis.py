@@ -6,6 +6,7 @@ collapse Redis's throughput. The first part begins with the header, which says h
 
 import logging
 from collections.abc import Awaitable, Sequence
+from itertools import accumulate
 from typing import Any, cast
 
 from redis.asyncio import Redis, RedisCluster
@@ -65,12 +66,21 @@ class RedisTier:
         return [self.name if exists else None for exists in found]
 
     async def wants(self, refs: Sequence[BlockRef]) -> list[bool]:
-        """Also gives what is here its full time to live again: it is about to be needed."""
+        """Also gives what is here its full time to live again: it is about to be needed.
+
+        All its parts, that is, or the first would outlive the others; who misses one is wanted.
+        """
+        parts = await self._parts_of(refs)
         pipeline = self._redis.pipeline(transaction=False)
-        for ref in refs:
-            pipeline.expire(_key(ref, 0), self._ttl_s)
-        found = await _ask(pipeline.execute()) if refs else []
-        return [not exists for exists in found]
+        for ref, count in zip(refs, parts, strict=True):
+            for part in range(count):
+                pipeline.expire(_key(ref, part), self._ttl_s)
+        renewed = await _ask(pipeline.execute()) if any(parts) else []
+        ends = list(accumulate(parts))
+        return [
+            not count or not all(renewed[end - count : end])
+            for count, end in zip(parts, ends, strict=True)
+        ]
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         firsts = await self._get([_key(load.ref, 0) for load in loads])
@@ -78,7 +88,7 @@ class RedisTier:
         rest_keys: list[bytes] = []
         for load, first, header in zip(loads, firsts, headers, strict=True):
             if first and header and header.stored_bytes <= len(load.into):
-                rest_keys += [_key(load.ref, part) for part in range(1, _parts(header, first))]
+                rest_keys += [_key(load.ref, part) for part in range(1, _parts(header, len(first)))]
         rests = iter(await self._get(rest_keys))
         answers: list[Loaded | None] = []
         for load, first, header in zip(loads, firsts, headers, strict=True):
@@ -89,7 +99,7 @@ class RedisTier:
                 await self._damaged(load.ref)
                 answers.append(None)
                 continue
-            rest = [next(rests) for _ in range(1, _parts(header, first))]
+            rest = [next(rests) for _ in range(1, _parts(header, len(first)))]
             parts = [first[HEADER_BYTES:], *rest]
             answers.append(await self._decode(load, header, parts))
         return answers
@@ -114,10 +124,13 @@ class RedisTier:
         return taken
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        pipeline = self._redis.pipeline(transaction=False)
-        for ref in refs:
-            pipeline.unlink(_key(ref, 0))
-        return sum(await _ask(pipeline.execute())) if refs else 0
+        parts = await self._parts_of(refs)
+        keys = [
+            _key(ref, part)
+            for ref, count in zip(refs, parts, strict=True)
+            for part in range(max(count, 1))
+        ]
+        return await self._unlink(keys)
 
     async def clear(self, namespace: bytes) -> int:
         pattern = _PREFIX + namespace_tag(namespace).hex().encode() + b":*"
@@ -139,14 +152,23 @@ class RedisTier:
     async def close(self) -> None:
         await self._redis.aclose()
 
+    async def _parts_of(self, refs: Sequence[BlockRef]) -> list[int]:
+        """How many parts each block has; 0 where it is not here, or not as it was written."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for ref in refs:
+            pipeline.strlen(_key(ref, 0))
+            pipeline.getrange(_key(ref, 0), 0, HEADER_BYTES - 1)
+        found = await _ask(pipeline.execute()) if refs else []
+        headers = [self._header(first) for first in found[1::2]]
+        return [_parts(h, size) if h else 0 for h, size in zip(headers, found[::2], strict=True)]
+
     async def _unlink(self, keys: list[bytes]) -> int:
         """Deletes keys and counts the blocks among them (each has one part 0)."""
         pipeline = self._redis.pipeline(transaction=False)
         for key in keys:
             pipeline.unlink(key)
-        if keys:
-            await _ask(pipeline.execute())
-        return sum(key.endswith(b":0") for key in keys)
+        gone = await _ask(pipeline.execute()) if keys else []
+        return sum(bool(there) and key.endswith(b":0") for key, there in zip(keys, gone, strict=True))
 
     async def _get(self, keys: list[bytes]) -> list[bytes | None]:
         pipeline = self._redis.pipeline(transaction=False)
@@ -198,9 +220,9 @@ class RedisTier:
         return self._capacity_bytes - self._used_bytes
 
 
-def _parts(header: Header, first: bytes) -> int:
+def _parts(header: Header, part_bytes: int) -> int:
     """How many parts the record has; its writer's part size is the length of the first."""
-    return -(-(HEADER_BYTES + header.stored_bytes) // max(len(first), HEADER_BYTES))
+    return -(-(HEADER_BYTES + header.stored_bytes) // max(part_bytes, HEADER_BYTES))
 
 
 def _key(ref: BlockRef, part: int) -> bytes:

@@ -125,8 +125,7 @@ class SegmentLog:
         self._seal_if_written()
         if self._open_id:
             return  # Nothing was written to it: it serves on.
-        while self.used_bytes + self.segment_bytes > self.capacity_bytes:
-            self.drop(min(self._handles))  # It was surplus earlier, and could not be deleted.
+        self._drop_what_is_too_much()  # What was surplus earlier and could not be deleted.
         segment_id = self._last_id = self._last_id + 1
         handle = self._files.open(file_name(segment_id), create=True)
         try:
@@ -192,8 +191,14 @@ class SegmentLog:
                 self._files.close(handle)
                 self._files.remove(file_name(segment_id))
                 continue
+            except OSError as error:
+                # It counts and is dropped in its turn; the other segments are served meanwhile.
+                _log.warning("segment %d cannot be read: %s", segment_id, error)
+                self._handles[segment_id] = handle
+                self._sizes[segment_id] = self.segment_bytes
+                continue
             found += [Found(record.header, segment_id, record.offset) for record in records]
-        self._drop_surplus_at_start()
+        self._drop_what_is_too_much()
         return [record for record in found if record.segment_id in self._handles]
 
     def _recover_segment(self, segment_id: int, handle: int) -> list[Placed]:
@@ -213,10 +218,10 @@ class SegmentLog:
         self._sizes[segment_id] = self._files.size_bytes(handle)
         return records
 
-    def _drop_surplus_at_start(self) -> None:
-        """The limits may be smaller than those of the run before."""
-        while (oldest := self.surplus()) is not None:
-            self.drop(oldest)
+    def _drop_what_is_too_much(self) -> None:
+        """Makes room for one more segment; the limits may be smaller than in the run before."""
+        while self._handles and self.used_bytes + self.segment_bytes > self.capacity_bytes:
+            self.drop(min(self._handles))
 
     def _seal(self, segment_id: int, records: list[Placed]) -> None:
         footer, end = pack_footer(records), self._sizes[segment_id]

@@ -93,6 +93,8 @@ class Tiered:
         return self.memory.usage() + (self._slow.usage() if self._slow is not None else [])
 
     async def close(self) -> None:
+        if self._promoting:
+            await asyncio.wait(set(self._promoting.values()))
         if self._slow is not None:
             await self._slow.close()
         await self.memory.close()
@@ -116,23 +118,24 @@ class Tiered:
 
         The caller unpins each slot that it got.
         """
-        mine = [
-            want
+        mine = {
+            want.ref: want
             for want in wants
             if self.memory.find(want.ref) is None and want.ref not in self._promoting
-        ]
-        promotion = self._start_promotion(mine) if mine and self._slow is not None else None
+        }
+        begin = bool(mine) and self._slow is not None
+        promotion = self._start_promotion(list(mine.values())) if begin else None
         others = {self._promoting[w.ref] for w in wants if w.ref in self._promoting} - {promotion}
-        if others:
-            await asyncio.wait(others)
-        promoted: dict[BlockRef, Acquired] = {}
-        if promotion is not None:
-            try:
-                promoted = await asyncio.shield(promotion)
-            except asyncio.CancelledError:
+        try:
+            if others:
+                await asyncio.wait(others)
+            promoted = dict(await asyncio.shield(promotion)) if promotion is not None else {}
+        except asyncio.CancelledError:
+            if promotion is not None:
                 promotion.add_done_callback(self._unpin_all)
-                raise
-        return [promoted.get(want.ref) or self.pin(want) for want in wants]
+            raise
+        # A promoted block carries one pin: a second place that asks for it needs its own.
+        return [promoted.pop(want.ref, None) or self.pin(want) for want in wants]
 
     def pin(self, want: Want) -> Acquired | None:
         """The block, pinned, if it is in memory now."""

@@ -1,6 +1,7 @@
 """Blocks whose bytes follow from their names, so that any byte can be judged anywhere."""
 
 import hashlib
+from functools import lru_cache
 
 from kvstore.api.digest import block_digest
 from kvstore.api.keys import chain_keys, root_key
@@ -35,10 +36,14 @@ def keys_of(word: str, count: int) -> list[bytes]:
 
 def chain_of(word: str, count: int, namespace: bytes, size: int) -> list[Block]:
     """A chain of blocks of its own for each word, parents first."""
+    return list(_chain_of(word, count, namespace, size))
+
+
+@lru_cache(maxsize=256)
+def _chain_of(word: str, count: int, namespace: bytes, size: int) -> tuple[Block, ...]:
     refs = [BlockRef(namespace, key) for key in keys_of(word, count)]
-    return [
-        block_of(ref, refs[index - 1] if index else None, size) for index, ref in enumerate(refs)
-    ]
+    parents = [None, *refs]
+    return tuple(block_of(ref, above, size) for ref, above in zip(refs, parents, strict=False))
 
 
 def buffers_for(blocks: list[Block]) -> list[Load]:

@@ -9,11 +9,12 @@ import grpc
 from kvstore.api.clock import Clock
 from kvstore.api.digest import block_digest
 from kvstore.api.space import SpaceDescriptor
+from kvstore.api.tier import BlockRef
 from kvstore.config import Settings
 from kvstore.server import NodeServer
 from kvstore_client import AsyncClient, Budgets, Space
 from tests.sim.blocks import data_of
-from tests.sim.rig import assert_idle, leaves
+from tests.sim.rig import assert_idle, leaves, quiet
 
 BLOCK_BYTES = 6000
 PATIENT = Budgets(open_s=60, match_s=60, load_s=60, store_s=60, control_s=60)
@@ -83,6 +84,7 @@ class Nodes:
     async def stop(self, server: NodeServer) -> None:
         """Checks a node and stops it in order, memory flushed."""
         self._servers.remove(server)
+        await quiet(server.node.tiers)
         check_node(server)
         await server.stop()
 
@@ -99,6 +101,7 @@ class Nodes:
             await client.close()
         try:
             for server in self._servers:
+                await quiet(server.node.tiers)
                 check_node(server)
         finally:
             for server in self._servers:
@@ -124,8 +127,6 @@ def counter(server: NodeServer, metric: str, **labels: str) -> float:
 
 def expected(space: Space, key: bytes) -> bytes:
     """What the block of this key contains in this space."""
-    from kvstore.api.tier import BlockRef
-
     return data_of(BlockRef(space.space_id, key), space.block_bytes)
 
 

@@ -1,5 +1,6 @@
 """Builds tiers over simulated seams; at the end it checks every one of them and closes it."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,7 +19,8 @@ from kvstore.tiers.measured import Measured
 from kvstore.tiers.memory import Memory
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.slabs import PAGE_BYTES
-from tests.sim.clock import ManualClock
+from kvstore.tiers.tiered import Tiered
+from tests.sim.clock import ManualClock, settle
 from tests.sim.files import SimulatedFiles
 from tests.sim.runner import InlineRunner
 
@@ -44,7 +46,8 @@ class Rig:
         self.runner: Runner = runner or InlineRunner()
         self.metrics = Metrics()
         self.sealed: list[tuple[int, int, int]] = []
-        """What the disk tiers said of their sealed segments."""
+        """What the disk tiers said to be on the device: segment, blocks, bytes."""
+        self.when_sealed: Callable[[], None] = lambda: None
         self.checked: list[Checked] = []
         self._open: list[Tier] = []
         self._memories: list[Memory] = []
@@ -78,7 +81,7 @@ class Rig:
             capacity_bytes=capacity_bytes,
             segment_bytes=segment_bytes,
             seal_after_s=seal_after_s,
-            on_sealed=lambda *sealed: self.sealed.append(sealed),
+            on_sealed=self._sealed,
         )
         self._open.append(tier)
         return self.check(tier)
@@ -129,6 +132,10 @@ class Rig:
             metrics=self.metrics,
         )
 
+    def _sealed(self, segment_id: int, blocks: int, size_bytes: int) -> None:
+        self.sealed.append((segment_id, blocks, size_bytes))
+        self.when_sealed()
+
     def check(self, thing: C) -> C:
         """The thing itself, to be checked at the end."""
         self.checked.append(thing)
@@ -137,7 +144,7 @@ class Rig:
     def gone(self, tier: Tier) -> None:
         """This tier was closed, or its process killed, by the test itself."""
         self._open = [each for each in self._open if each is not tier]
-        self.checked = [each for each in self.checked if each is not tier]
+        self.checked = [each for each in self.checked if id(each) != id(tier)]
         self._memories = [each for each in self._memories if each is not tier]
 
     def counted(self, metric: str, **labels: str) -> float:
@@ -169,6 +176,14 @@ def assert_idle(memory: Memory) -> None:
     taken = sum(-(-len(slot.view) // PAGE_BYTES) * PAGE_BYTES for slot in memory.slots())
     used = memory.usage()[0].used_bytes
     assert taken == used, f"{used - taken} bytes are reserved by nobody that is left"
+
+
+async def quiet(tiered: Tiered) -> None:
+    """Returns when the promotions that matches began are over."""
+    await settle()
+    while promoting := set(tiered._promoting.values()):
+        await asyncio.wait(promoting)
+        await settle()
 
 
 def leaves(tier: Any) -> Iterator[Any]:

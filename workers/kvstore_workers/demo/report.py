@@ -100,7 +100,7 @@ def print_report(report: Report, console: Console) -> None:
         title="What each request cost",
         caption="worker and request · prompt tokens, restored from each tier or computed ·\n"
         "time to first token in ms, with the cache and without (plain) · same: to the bit",
-        padding=(0, 1, 0, 0),
+        padding=0,
         box=box.SIMPLE_HEAD,
     )
     table.add_column("request", no_wrap=True)

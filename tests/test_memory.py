@@ -1,0 +1,282 @@
+"""The memory tier: slots that are pinned are never reused, and nothing is lost count of."""
+
+import gc
+import random
+from pathlib import Path
+
+import pytest
+
+from kvstore.api.hint import Reuse, ReuseHint
+from kvstore.api.tier import Block, BlockRef, Load
+from kvstore.policy.lru import Lru
+from kvstore.tiers.arena import Arena
+from kvstore.tiers.memory import Memory, Slot
+from kvstore.tiers.slabs import PAGE_BYTES
+from tests.sim.blocks import block_of, chain_of, keys_of, load_all, namespace_of, present
+from tests.sim.rig import Rig, assert_idle
+
+MINE = namespace_of("mine")
+SIZE = 6000
+
+
+def chain(word: str = "chain", count: int = 4) -> list[Block]:
+    """A chain of blocks of SIZE."""
+    return chain_of(word, count, MINE, SIZE)
+
+
+def put(memory: Memory, block: Block) -> Slot:
+    """Reserves, fills and commits."""
+    slot = memory.reserve(block.ref, len(block.data))
+    assert slot is not None
+    slot.view[:] = block.data
+    return memory.commit(slot, block.parent, block.digest)
+
+
+async def test_the_coldest_leave_when_it_is_full(rig: Rig) -> None:
+    """Stores beyond the capacity evict what was used longest ago, tails first."""
+    memory = rig.memory(8)
+    old, young, new = chain("old"), chain("young"), chain("new", 2)
+    await memory.store([*old, *young])
+    await load_all(memory, old)
+    assert await memory.store(new) == [True, True]
+    assert await present(memory, [*old, *young, *new]) == [True] * 6 + [False] * 2 + [True] * 2
+
+
+async def test_to_locate_renews_nothing(rig: Rig) -> None:
+    """Who only asks where a block lies does not keep it there."""
+    memory = rig.memory(8)
+    old, young = chain("old"), chain("young")
+    await memory.store(old)
+    await memory.store(young)
+    for _ in range(3):
+        assert await memory.locate([block.ref for block in old]) == ["memory"] * 4
+        assert await memory.wants([block.ref for block in old]) == [False] * 4
+        assert memory.find(old[0].ref) is not None
+    await memory.store(chain("new"))
+    assert await memory.locate([block.ref for block in old]) == [None] * 4
+    assert await memory.locate([block.ref for block in young]) == ["memory"] * 4
+
+
+async def test_a_reserved_slot_is_nobodys_until_it_is_committed(rig: Rig) -> None:
+    """Nobody finds it, it takes its room, and it can be given back."""
+    memory = rig.memory(8)
+    block = chain()[0]
+    slot = memory.reserve(block.ref, SIZE)
+    assert slot is not None
+    assert memory.find(block.ref) is None
+    assert await memory.locate([block.ref]) == [None]
+    assert memory.usage()[0].used_bytes == 2 * PAGE_BYTES
+    memory.check()
+    memory.abort(slot)
+    assert memory.usage()[0].used_bytes == 0
+    assert_idle(memory)
+
+
+async def test_the_first_commit_wins(rig: Rig) -> None:
+    """A second copy of a block gives its slot back and gets the first one's."""
+    memory = rig.memory(8)
+    block = chain()[0]
+    other = block_of(block.ref, block.parent, SIZE, variant=1)
+    slots = [memory.reserve(block.ref, SIZE) for _ in range(2)]
+    for slot, each in zip(slots, (block, other), strict=True):
+        assert slot is not None
+        slot.view[:] = each.data
+    assert slots[0] is not None
+    assert slots[1] is not None
+    first = memory.commit(slots[0], block.parent, block.digest)
+    assert memory.commit(slots[1], other.parent, other.digest) is first
+    assert await present(memory, [block]) == [True]
+    assert_idle(memory)
+
+
+async def test_a_pinned_slot_is_never_reused(rig: Rig) -> None:
+    """Neither eviction nor discarding nor clearing touches bytes that somebody is reading."""
+    memory = rig.memory(8)
+    block = chain()[0]
+    slot = memory.pin(put(memory, block))
+    for number in range(6):
+        await memory.store(chain(str(number)))
+        assert slot.view == block.data
+    await memory.discard([block.ref])
+    assert memory.find(block.ref) is None
+    await memory.discard([each.ref for each in chain("5")])
+    again = put_variant(memory, block)
+    assert again.offset != slot.offset
+    for number in range(6):
+        await memory.store(chain(f"more {number}"))
+        assert slot.view == block.data
+        memory.check()
+    memory.unpin(slot)
+    memory.check()
+    await memory.clear(MINE)
+    assert_idle(memory)
+    assert memory.usage()[0].used_bytes == 0
+
+
+def put_variant(memory: Memory, block: Block) -> Slot:
+    """Stores the same block with other bytes, as a later writer would."""
+    return put(memory, block_of(block.ref, block.parent, SIZE, variant=1))
+
+
+async def test_all_pinned_means_no_room(rig: Rig) -> None:
+    """Stores are refused, nobody is evicted, and nothing breaks."""
+    memory = rig.memory(8)
+    slots = [memory.pin(put(memory, block)) for block in chain("pinned", 8)]
+    assert memory.coldest(SIZE, 1) == []
+    assert await memory.store(chain("new")) == [False] * 4
+    assert memory.reserve(chain("new")[0].ref, SIZE) is None
+    for slot in slots:
+        memory.unpin(slot)
+    assert await memory.store(chain("new")) == [True] * 4
+
+
+async def test_victims_are_of_the_class_that_needs_room(rig: Rig) -> None:
+    """Room for a small block does not cost a large one that is colder."""
+    memory = rig.memory(8)
+    large = chain_of("large", 1, MINE, 20_000)
+    await memory.store(large)
+    small = chain("small")
+    await memory.store(small)
+    victims = memory.coldest(SIZE, 3 * 2 * PAGE_BYTES)
+    assert [slot.ref for slot in victims] == [block.ref for block in reversed(small)][:3]
+
+
+async def test_a_slab_changes_its_class_when_it_must(rig: Rig) -> None:
+    """A size that has no slab empties that of the coldest block."""
+    memory = rig.memory(8)
+    old, young = chain("old"), chain("young")
+    await memory.store(old)
+    await memory.store(young)
+    large = chain_of("large", 1, MINE, 4 * 2 * PAGE_BYTES)
+    assert await memory.store(large) == [True]
+    assert await present(memory, [*old, *young, *large]) == [False] * 4 + [True] * 5
+
+
+async def test_one_pinned_slot_does_not_close_all_slabs(rig: Rig) -> None:
+    """If the slab of the coldest block cannot be emptied, another one is."""
+    memory = rig.memory(16)
+    chains = [chain(word) for word in "abcd"]
+    for blocks in chains:
+        await memory.store(blocks)
+    pinned = memory.pin(memory.find(chains[0][0].ref) or put(memory, chains[0][0]))
+    large = chain_of("large", 1, MINE, 4 * 2 * PAGE_BYTES)
+    assert await memory.store(large) == [True]
+    assert pinned.view == chains[0][0].data
+    memory.unpin(pinned)
+
+
+async def test_a_hint_stays_with_the_blocks_that_are_here(rig: Rig) -> None:
+    """It is recorded for the policy, not asked for by anybody, and changes no order."""
+    memory = rig.memory(8)
+    blocks, absent = chain(), chain("absent")
+    await memory.store(blocks)
+    hint = ReuseHint(b"session", Reuse.FINAL, 10)
+    order = [slot.ref for slot in memory.slots()]
+    memory.note([block.ref for block in [*blocks[:2], *absent]], hint)
+    assert [slot.ref for slot in memory.slots()] == order
+    noted = {slot.ref: slot.hint for slot in memory.slots()}
+    assert [noted[block.ref] for block in blocks] == [hint, hint, None, None]
+
+
+async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> None:
+    """Every plain decision at random, several sizes, pins that outlive their block: all counted.
+
+    Bytes of a slot do not change while it is pinned, and what is found is what was stored.
+    """
+    memory = rig.memory(12)
+    blocks = [
+        block_of(BlockRef(MINE, key), None, rng.choice([100, SIZE, 20_000]))
+        for key in keys_of("blocks", 40)
+    ]
+    data = {block.ref: block.data for block in blocks}
+    reserved: list[tuple[Slot, Block]] = []
+    pins: list[Slot] = []
+    seen: set[str] = set()
+    for _ in range(4000):
+        block = rng.choice(blocks)
+        here = memory.find(block.ref)
+        what = rng.choice(["reserve", "commit", "abort", "pin", "unpin", "evict", "touch", "room"])
+        if what == "reserve" and len(reserved) < 4:
+            slot = memory.reserve(block.ref, len(block.data))
+            if slot is not None:
+                slot.view[:] = block.data
+                reserved.append((slot, block))
+        elif what in ("commit", "abort") and reserved:
+            slot, block = reserved.pop(rng.randrange(len(reserved)))
+            if what == "commit":
+                assert memory.commit(slot, block.parent, block.digest).view == block.data
+            else:
+                memory.abort(slot)
+        elif what == "pin" and here is not None and len(pins) < 10:
+            pins.append(memory.pin(here))
+        elif what == "unpin" and pins:
+            memory.unpin(pins.pop(rng.randrange(len(pins))))
+        elif what == "evict" and here is not None:
+            memory.evict(here)
+            memory.evict(here)
+        elif what == "touch":
+            memory.touch([each.ref for each in rng.sample(blocks, 5)])
+        elif what == "room":
+            for slot in memory.coldest(len(block.data), rng.choice([1, 1 << 16])):
+                assert slot.indexed
+                assert not slot.pins
+                memory.evict(slot)
+        else:
+            continue
+        seen.add(what)
+        memory.check()
+        assert all(slot.view == data[slot.ref] for slot in pins), "a pinned slot was reused"
+        assert all(slot.view == data[slot.ref] for slot in memory.slots())
+        assert not {s.offset for s, _ in reserved} & {s.offset for s in memory.slots()}
+    assert len(seen) == 8
+    for slot, _ in reserved:
+        memory.abort(slot)
+    for slot in pins:
+        memory.unpin(slot)
+
+
+def open_files() -> int:
+    """How many files this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_a_closed_memory_gives_its_pages_back() -> None:
+    """The arena's file and mapping are gone with the last view."""
+    gc.collect()
+    before = open_files()
+    memory = Memory(1 << 20, 1 << 16, Lru())
+    await memory.store(chain())
+    assert open_files() > before
+    await memory.close()
+    del memory
+    gc.collect()
+    assert open_files() == before
+
+
+def test_views_outlive_the_arena() -> None:
+    """Bytes that somebody still reads stay mapped after the end."""
+    arena = Arena(1 << 16)
+    view = arena.view(PAGE_BYTES, 100)
+    view[:] = b"x" * 100
+    arena.close()
+    assert view == b"x" * 100
+
+
+def test_an_arena_is_zero_and_writable() -> None:
+    """Every byte of it, from the first to the last."""
+    arena = Arena(1 << 16)
+    assert arena.view(0, 1 << 16) == bytes(1 << 16)
+    arena.view((1 << 16) - 1, 1)[:] = b"x"
+    assert bytes(arena.view((1 << 16) - 1, 1)) == b"x"
+    arena.close()
+
+
+@pytest.mark.parametrize("length", [0, SIZE - 1, SIZE + 1])
+async def test_to_read_another_length_copies_nothing(rig: Rig, length: int) -> None:
+    """The buffer is as it was."""
+    memory = rig.memory(8)
+    block = chain()[0]
+    await memory.store([block])
+    into = bytearray(b"\xee" * length)
+    assert memory.read(Load(block.ref, memoryview(into))) is None
+    assert into == b"\xee" * length

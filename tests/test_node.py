@@ -1,0 +1,580 @@
+"""What a node promises beside its tiers: matches, leases, scopes, tenants and hints."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from kvstore.api.digest import block_digest
+from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
+from kvstore.api.hint import MAX_RETURN_MS, Reuse, ReuseHint
+from kvstore.api.space import MatchRule, SpaceDescriptor
+from kvstore.api.tier import BlockRef
+from kvstore.events import Events
+from kvstore.leases import Lease, LeaseTable
+from kvstore.matching import longest_match, needed
+from kvstore.node import EXPIRY_PERIOD_S, Matched, Node
+from kvstore.tenants import Tenant
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.tiered import Tiered
+from tests.sim.blocks import data_of, keys_of
+from tests.sim.clock import settle
+from tests.sim.faulty import Faulty
+from tests.sim.nodes import BLOCK_BYTES, descriptor_of
+from tests.sim.rig import Rig, assert_idle, quiet
+
+ACME, RIVAL = Tenant("acme"), Tenant("rival")
+SLOTS = 16
+MAX_LEASE_S = 30.0
+
+
+class Store:
+    """A node over a small memory and a disk, and what a test does with it."""
+
+    def __init__(self, rig: Rig, disk: DiskTier, leased_blocks: int, slots: int) -> None:
+        self.slow = Faulty(disk)
+        self.tiers = Tiered(rig.memory(slots), self.slow, rig.metrics)
+        self.leases = rig.check(LeaseTable(leased_blocks * BLOCK_BYTES))
+        self.node = Node(
+            node_id="node",
+            secret=bytes(32),
+            tiers=self.tiers,
+            leases=self.leases,
+            max_lease_s=MAX_LEASE_S,
+            events=Events(),
+            clock=rig.clock,
+            metrics=rig.metrics,
+        )
+        self.space_id = self.node.open_space(descriptor_of())
+
+    async def store(
+        self, keys: Sequence[bytes], *, tenant: Tenant = ACME, scope: str = "",
+        space_id: bytes = b"", **options: Any,
+    ) -> list[int]:  # fmt: skip
+        """Writes a run; the blocks that are held."""
+        space_id = space_id or self.space_id
+        size = self.node.space(space_id).block_bytes
+        incoming = await self.node.write(tenant, scope, space_id, keys, **options)
+        try:
+            for index in incoming.wanted:
+                data = data_of(BlockRef(space_id, keys[index]), size)
+                digest = block_digest(space_id, keys[index], data)
+                await incoming.begin_block(index, size, digest)
+                incoming.add(index, data)
+            incoming.finish()
+        finally:
+            incoming.close()
+        return incoming.held
+
+    async def match(
+        self, keys: Sequence[bytes], *, tenant: Tenant = ACME, scopes: Sequence[str] = (),
+        spaces: Sequence[bytes] = (), lease_s: float = 10.0, quietly: bool = True, **options: Any,
+    ) -> Matched:  # fmt: skip
+        """A match, with its promotion over."""
+        matched = await self.node.match(
+            tenant, spaces or [self.space_id], keys, scopes, lease_s=lease_s, **options
+        )
+        if quietly:
+            await quiet(self.tiers)
+        return matched
+
+    async def read(
+        self, keys: Sequence[bytes], *, tenant: Tenant = ACME, scopes: Sequence[str] = (),
+        matched: Matched | None = None,
+    ) -> list[str | None]:  # fmt: skip
+        """Where each block came from, None for a miss; all bytes are checked."""
+        lease_id = matched.lease.lease_id if matched and matched.lease else b""
+        tiers: list[str | None] = []
+        blocks = self.node.read(tenant, scopes, self.space_id, keys, lease_id)
+        async with aclosing(blocks):
+            async for block in blocks:
+                key = keys[block.index]
+                assert block.index == len(tiers)
+                if block.view is None:
+                    tiers.append(None)
+                    continue
+                assert block.view == data_of(BlockRef(self.space_id, key), BLOCK_BYTES)
+                assert block.digest == block_digest(self.space_id, key, bytes(block.view))
+                tiers.append(block.tier)
+        return tiers
+
+    async def press(self, word: str = "filler", blocks: int = 2 * SLOTS) -> None:
+        """Writes more than memory holds."""
+        await self.store(keys_of(word, blocks))
+
+    def in_memory(self, keys: Sequence[bytes], tenant: Tenant = ACME) -> list[bool]:
+        """Which blocks lie in memory now."""
+        refs = self.node.refs(tenant, "", self.space_id, keys)
+        return [self.tiers.memory.find(ref) is not None for ref in refs]
+
+
+@pytest.fixture
+async def store(rig: Rig) -> AsyncIterator[Store]:
+    """A node whose leases may keep half of its memory."""
+    store = Store(rig, await rig.disk(), SLOTS // 2, SLOTS)
+    yield store
+    store.tiers.release(store.leases.end_all())
+    await quiet(store.tiers)
+
+
+# The rules of a match.
+
+
+@pytest.mark.parametrize(
+    ("rule", "present", "length"),
+    [
+        (MatchRule.ALL, "1111", 4),
+        (MatchRule.ALL, "1101", 2),
+        (MatchRule.ALL, "0111", 0),
+        (MatchRule.TRAILING, "0011", 4),
+        (MatchRule.TRAILING, "1101", 2),
+        (MatchRule.TRAILING, "0110", 3),
+        (MatchRule.TRAILING, "1000", 1),
+        (MatchRule.TRAILING, "0100", 0),
+        (MatchRule.BOUNDARY, "0001", 4),
+        (MatchRule.BOUNDARY, "0100", 2),
+        (MatchRule.BOUNDARY, "0000", 0),
+    ],
+)
+def test_each_rule_by_example(rule: MatchRule, present: str, length: int) -> None:
+    """All blocks, the last two before the length, or the one that ends at it."""
+    descriptor = rules(rule)
+    assert longest_match([descriptor], [[letter == "1" for letter in present]]) == length
+
+
+def rules(rule: MatchRule, trailing: int = 2) -> SpaceDescriptor:
+    """A space with a match rule."""
+    blocks = trailing if rule is MatchRule.TRAILING else 0
+    return descriptor_of(match_rule=rule, trailing_blocks=blocks)
+
+
+def restorable(descriptor: SpaceDescriptor, present: Sequence[bool], length: int) -> bool:
+    """Whether a prefix can be restored, in the words of the contract."""
+    if descriptor.match_rule is MatchRule.ALL:
+        window = range(length)
+    elif descriptor.match_rule is MatchRule.TRAILING:
+        window = range(length - min(length, descriptor.trailing_blocks), length)
+    else:
+        window = range(length - 1, length) if length else range(0)
+    return all(present[block] for block in window)
+
+
+def test_the_longest_match_is_the_brute_force_one(rng: random.Random) -> None:
+    """For several spaces with any rules at once, against trying every length."""
+    for _ in range(3000):
+        spaces = [
+            rules(rng.choice(list(MatchRule)), rng.randint(1, 6)) for _ in range(rng.randint(1, 4))
+        ]
+        blocks = rng.randint(0, 12)
+        likely = rng.random()
+        present = [[rng.random() < likely for _ in range(blocks)] for _ in spaces]
+        lengths = [
+            length
+            for length in range(blocks + 1)
+            if all(restorable(s, row, length) for s, row in zip(spaces, present, strict=True))
+        ]
+        longest = longest_match(spaces, present)
+        assert longest == max(lengths)
+        for space, row in zip(spaces, present, strict=True):
+            assert all(row[block] for block in needed(space, longest))
+
+
+async def test_a_match_over_spaces_of_all_rules(store: Store) -> None:
+    """The runs of each space say what it needs of the matched length, and where that lies."""
+    keys = keys_of("chain", 8)
+    full, window, state = (
+        store.node.open_space(rules(rule)) for rule in (MatchRule.ALL, *list(MatchRule)[1:])
+    )
+    await store.store(keys, space_id=full)
+    await store.store(keys[3:6], space_id=window, parent_key=keys[2])
+    await store.store(keys[4:5], space_id=state, parent_key=keys[3])
+    matched = await store.match(keys, spaces=[full, window, state], lease_s=0)
+    assert matched.blocks == 5
+    shapes = [[(run.blocks, run.tier) for run in runs] for runs in matched.runs]
+    assert shapes == [
+        [(5, "memory")], [(3, ""), (2, "memory")], [(4, ""), (1, "memory")],
+    ]  # fmt: skip
+
+
+async def test_a_match_of_nothing(store: Store) -> None:
+    """No keys, or none that is here: length 0, no runs, no lease."""
+    for keys in ([], keys_of("absent", 5)):
+        matched = await store.match(keys)
+        assert (matched.blocks, matched.lease) == (0, None)
+        assert [list(runs) for runs in matched.runs] == [[]]
+
+
+async def test_blocks_that_the_caller_holds_count_and_are_not_leased(store: Store) -> None:
+    """Held blocks need not be here; the match goes on behind them and leases only that."""
+    keys = keys_of("chain", 10)
+    await store.store(keys)
+    assert await store.tiers.discard(store.node.refs(ACME, "", store.space_id, keys[2:3])) == 1
+    assert (await store.match(keys, lease_s=0)).blocks == 2
+    matched = await store.match(keys, held_blocks=4)
+    assert matched.blocks == 10
+    assert matched.lease is not None
+    assert len(matched.lease.held) == 6
+    assert [(run.blocks, run.tier) for run in matched.runs[0]] == [(4, ""), (6, "memory")]
+    assert (await store.match(keys, held_blocks=10)).lease is None
+    assert (await store.match(keys_of("absent", 5), held_blocks=3, lease_s=0)).blocks == 3
+
+
+# Leases.
+
+
+async def test_held_blocks_survive_memory_pressure(store: Store) -> None:
+    """What a match found in memory stays there until it is released, whatever is written."""
+    keys = keys_of("chain", 6)
+    await store.store(keys)
+    matched = await store.match(keys)
+    assert [run.leased for run in matched.runs[0]] == [True]
+    for number in range(3):
+        await store.press(str(number))
+        assert store.in_memory(keys) == [True] * 6
+    assert await store.read(keys, matched=matched) == ["memory"] * 6
+    assert matched.lease is not None
+    store.node.release(ACME, matched.lease.lease_id)
+    await store.press("at last")
+    assert store.in_memory(keys) == [False] * 6
+
+
+async def test_a_lease_promotes_what_lies_below(store: Store) -> None:
+    """Blocks of the disk are likely, not leased; soon they are in memory, and stay."""
+    keys = keys_of("chain", 6)
+    await store.store(keys)
+    await store.press()
+    assert store.in_memory(keys) == [False] * 6
+    matched = await store.match(keys)
+    assert [(run.blocks, run.tier, run.leased) for run in matched.runs[0]] == [(6, "disk", False)]
+    assert store.in_memory(keys) == [True] * 6
+    await store.press("more")
+    assert store.in_memory(keys) == [True] * 6
+    assert await store.read(keys, matched=matched) == ["disk"] * 6, "where it lay when matched"
+
+
+async def test_a_lease_expires_by_the_clock(rig: Rig, store: Store) -> None:
+    """Not before its time; soon afterwards its blocks may go, and its bytes are free."""
+    keys = keys_of("chain", 6)
+    await store.store(keys)
+    matched = await store.match(keys, lease_s=10.0)
+    assert matched.lease is not None
+    await rig.clock.advance(10.0 - EXPIRY_PERIOD_S)
+    assert len(store.leases) == 1
+    await rig.clock.advance(2 * EXPIRY_PERIOD_S)
+    assert (len(store.leases), store.leases.leased_bytes) == (0, 0)
+    assert_idle(store.tiers.memory)
+    await store.press()
+    assert store.in_memory(keys) == [False] * 6
+    assert await store.read(keys, matched=matched) == ["disk"] * 6
+
+
+async def test_a_long_wish_is_shortened(rig: Rig, store: Store) -> None:
+    """No lease lasts longer than the node allows."""
+    keys = keys_of("chain", 2)
+    await store.store(keys)
+    matched = await store.match(keys, lease_s=1e9)
+    assert matched.lease is not None
+    assert matched.lease.expires_s == rig.clock.monotonic_s() + MAX_LEASE_S
+
+
+async def test_a_wish_for_no_lease_gets_none(store: Store) -> None:
+    """The length is answered, and nothing is pinned or promoted."""
+    keys = keys_of("chain", 4)
+    await store.store(keys)
+    await store.press()
+    matched = await store.match(keys, lease_s=0)
+    assert (matched.blocks, matched.lease) == (4, None)
+    assert store.in_memory(keys) == [False] * 4
+    assert_idle(store.tiers.memory)
+
+
+async def test_leased_bytes_are_capped(store: Store) -> None:
+    """Beyond the limit blocks are matched but not leased; what is released is free again."""
+    one, two = keys_of("one", 6), keys_of("two", 6)
+    await store.store(one)
+    await store.store(two)
+    first = await store.match(one)
+    second = await store.match(two)
+    assert store.leases.leased_bytes == 8 * BLOCK_BYTES == store.leases.capacity_bytes
+    assert [(run.blocks, run.leased) for run in second.runs[0]] == [(2, True), (4, False)]
+    third = await store.match(two)
+    assert [(run.blocks, run.leased) for run in third.runs[0]] == [(6, False)]
+    assert first.lease is not None
+    store.node.release(ACME, first.lease.lease_id)
+    assert store.leases.leased_bytes == 2 * BLOCK_BYTES
+    await store.press()
+    assert store.in_memory(two[:2]) == [True] * 2
+
+
+async def test_the_same_request_gets_its_lease_again(rig: Rig, store: Store) -> None:
+    """A repeated match costs no second lease; another question ends the first one's."""
+    keys = keys_of("chain", 6)
+    await store.store(keys)
+    first = await store.match(keys, request_id=b"request")
+    again = await store.match(keys, request_id=b"request")
+    assert first.lease is not None
+    assert again.lease is first.lease
+    assert again.blocks == first.blocks
+    assert again.runs == first.runs
+    assert len(store.leases) == 1
+    other = await store.match(keys[:3], request_id=b"request")
+    assert other.lease is not None
+    assert other.lease.lease_id != first.lease.lease_id
+    assert (len(store.leases), store.leases.leased_bytes) == (1, 3 * BLOCK_BYTES)
+    assert len({(await store.match(keys, request_id=b"")).lease for _ in range(2)}) == 2
+
+
+async def test_the_same_request_at_the_same_time_gets_one_lease(store: Store) -> None:
+    """A caller that repeats itself while the first answer is on its way leaves no second lease."""
+    keys = keys_of("chain", 4)
+    await store.store(keys)
+    await store.press()
+    gate = asyncio.Event()
+
+    async def wait(operation: str, refs: Sequence[BlockRef]) -> None:
+        if operation == "locate":
+            await gate.wait()
+
+    store.slow.before = wait
+    matches = [asyncio.create_task(store.match(keys, request_id=b"request")) for _ in range(3)]
+    await settle()
+    gate.set()
+    leases = {matched.lease for matched in await asyncio.gather(*matches)}
+    assert len(leases) == 1
+    assert len(store.leases) == 1
+    assert store.leases.leased_bytes == 4 * BLOCK_BYTES
+
+
+async def test_an_expired_lease_is_not_given_again(rig: Rig, store: Store) -> None:
+    """A repeated request finds its old lease over, and gets a new one."""
+    keys = keys_of("chain", 4)
+    await store.store(keys)
+    first = await store.match(keys, request_id=b"request", lease_s=1.1)
+    await rig.clock.advance(1.2)
+    again = await store.match(keys, request_id=b"request", lease_s=1.1)
+    assert first.lease is not None
+    assert again.lease is not None
+    assert again.lease.lease_id != first.lease.lease_id
+    assert again.lease.expires_s > rig.clock.monotonic_s()
+
+
+async def test_a_lease_belongs_to_its_tenant(store: Store) -> None:
+    """Another one can neither release it, read by it, nor get it by the same request id."""
+    keys = keys_of("chain", 4)
+    await store.store(keys)
+    matched = await store.match(keys, request_id=b"request")
+    assert matched.lease is not None
+    store.node.release(RIVAL, matched.lease.lease_id)
+    assert len(store.leases) == 1
+    assert await store.read(keys, tenant=RIVAL, matched=matched) == [None] * 4
+    theirs = await store.match(keys, tenant=RIVAL, request_id=b"request")
+    assert (theirs.blocks, theirs.lease) == (0, None)
+    await store.store(keys, tenant=RIVAL)
+    theirs = await store.match(keys, tenant=RIVAL, request_id=b"request")
+    assert theirs.lease is not None
+    assert theirs.lease is not matched.lease
+    store.node.release(ACME, matched.lease.lease_id)
+    assert len(store.leases) == 1
+
+
+async def test_releasing_what_is_unknown_or_over_does_nothing(store: Store) -> None:
+    """Twice, or with an id that never was."""
+    keys = keys_of("chain", 4)
+    await store.store(keys)
+    matched = await store.match(keys)
+    assert matched.lease is not None
+    for lease_id in (b"", b"never", matched.lease.lease_id, matched.lease.lease_id):
+        store.node.release(ACME, lease_id)
+    assert (len(store.leases), store.leases.leased_bytes) == (0, 0)
+    assert_idle(store.tiers.memory)
+
+
+async def test_a_lease_that_ends_during_its_promotion_leaves_no_pin(store: Store) -> None:
+    """Released or expired while blocks are on their way up: they arrive, unpinned."""
+    keys = keys_of("chain", 4)
+    await store.store(keys)
+    await store.press()
+    reached, gate = asyncio.Event(), asyncio.Event()
+
+    async def wait(operation: str, refs: Sequence[BlockRef]) -> None:
+        if operation == "load":
+            reached.set()
+            await gate.wait()
+
+    store.slow.before = wait
+    matched = await store.match(keys, quietly=False)
+    assert matched.lease is not None
+    await reached.wait()
+    store.node.release(ACME, matched.lease.lease_id)
+    gate.set()
+    await quiet(store.tiers)
+    assert_idle(store.tiers.memory)
+    assert store.in_memory(keys) == [True] * 4
+
+
+async def test_leases_follow_their_model(rng: random.Random) -> None:
+    """Random grants, reservations and ends, against plain sums."""
+    table = LeaseTable(1000)
+    live: list[Lease] = []
+    names = itertools.count()
+    for _ in range(2000):
+        if live and rng.random() < 0.4:
+            lease = live.pop(rng.randrange(len(live)))
+            assert table.end(lease) == []
+            assert table.end(lease) == []
+        else:
+            name = str(next(names)).encode()
+            lease = Lease(name, "acme", name, rng.random(), (), 0, [])
+            table.grant(lease)
+            live.append(lease)
+            size = rng.randrange(300)
+            fits = sum(each.reserved_bytes for each in live) + size <= 1000
+            assert table.reserve(lease, size) == fits
+        assert len(table) == len(live)
+        assert table.leased_bytes == sum(lease.reserved_bytes for lease in live)
+        table.check()
+    assert {lease.lease_id for lease in live} == {
+        lease.lease_id for lease in live if table.find("acme", lease.lease_id) is lease
+    }
+    table.end_expired(0.5)
+    assert len(table) == sum(lease.expires_s > 0.5 for lease in live)
+    table.end_all()
+    assert (len(table), table.leased_bytes) == (0, 0)
+
+
+# Reads.
+
+
+async def test_a_read_pins_a_window_at_a_time(store: Store) -> None:
+    """A block's view holds until the next one is asked for; then it may go."""
+    keys = keys_of("chain", 6)
+    await store.store(keys)
+    blocks = store.node.read(ACME, (), store.space_id, keys)
+    first = await anext(blocks)
+    assert any(slot.pins for slot in store.tiers.memory.slots())
+    await store.press()
+    assert first.view is not None
+    assert bytes(first.view) == data_of(BlockRef(store.space_id, keys[0]), BLOCK_BYTES)
+    await blocks.aclose()
+    assert_idle(store.tiers.memory)
+
+
+async def test_a_read_of_a_block_twice(store: Store) -> None:
+    """Each place is answered, and nothing stays pinned, with a lease or without."""
+    keys = keys_of("chain", 3)
+    await store.store(keys)
+    matched = await store.match(keys)
+    question = [keys[0], keys[1], keys[0], keys[2], keys[0]]
+    assert await store.read(question) == ["memory"] * 5
+    assert await store.read(question, matched=matched) == ["memory"] * 5
+    assert matched.lease is not None
+    store.node.release(ACME, matched.lease.lease_id)
+    assert_idle(store.tiers.memory)
+    await store.press()
+    assert await store.read(question) == ["disk"] * 5
+    matched = await store.match(keys, spaces=[store.space_id] * 2)
+    assert await store.read(question, matched=matched) == ["disk"] * 5
+    assert matched.lease is not None
+    store.node.release(ACME, matched.lease.lease_id)
+    assert_idle(store.tiers.memory)
+
+
+async def test_scopes_are_searched_in_order(store: Store) -> None:
+    """The first scope that has a block delivers it; a chain may go on in another scope."""
+    keys = keys_of("chain", 6)
+    await store.store(keys[:4], scope="shared")
+    await store.store(keys[3:], parent_key=keys[2], parent_scope="shared")
+    for scopes, blocks in (
+        ((), 0), (("shared",), 4), (("shared", ""), 6), (("", "shared"), 6), (("nobody",), 0),
+    ):  # fmt: skip
+        assert (await store.match(keys, scopes=scopes, lease_s=0)).blocks == blocks
+    assert await store.read(keys, scopes=("shared", "")) == ["memory"] * 6
+    shared, private = (
+        store.node.refs(ACME, scope, store.space_id, keys) for scope in ("shared", "")
+    )
+    for scopes, wanted in (
+        (("shared", ""), [*shared[:4], *private[4:]]),
+        (("", "shared"), [*shared[:3], *private[3:]]),
+    ):
+        matched = await store.match(keys, scopes=scopes)
+        assert matched.lease is not None
+        assert [want.ref for want in matched.lease.wants[0]] == wanted
+        store.node.release(ACME, matched.lease.lease_id)
+
+
+async def test_scopes_of_tenants_are_their_own(store: Store) -> None:
+    """The same scope name of another tenant is another scope."""
+    keys = keys_of("chain", 4)
+    await store.store(keys, scope="shared")
+    assert (await store.match(keys, tenant=RIVAL, scopes=("shared", ""))).blocks == 0
+    for scope in ("a b", "-a", "a" * 64, "ä", ".."):
+        with pytest.raises(InvalidArgument, match="scope"):
+            await store.match(keys, scopes=(scope,))
+
+
+# Hints.
+
+
+async def test_hints_are_counted_and_kept_with_the_blocks(rig: Rig, store: Store) -> None:
+    """By match, by write and alone; they stay with what is in memory, and change no answer."""
+    keys = keys_of("chain", 4)
+    tool = ReuseHint(b"session", Reuse.AUTOMATIC, 1500)
+    human = ReuseHint(b"session", Reuse.INTERACTIVE, 60_000)
+    await store.store(keys, hint=tool)
+    assert {slot.hint for slot in store.tiers.memory.slots()} == {tool}
+    assert (await store.match(keys, hint=human, lease_s=0)).blocks == 4
+    assert {slot.hint for slot in store.tiers.memory.slots()} == {human}
+    await store.match(keys, lease_s=0)
+    assert {slot.hint for slot in store.tiers.memory.slots()} == {human}, "none takes none back"
+    store.node.hint(ACME, "", store.space_id, keys, ReuseHint(reuse=Reuse.FINAL))
+    assert {slot.hint for slot in store.tiers.memory.slots()} == {ReuseHint(reuse=Reuse.FINAL)}
+    store.node.hint(RIVAL, "", store.space_id, keys, tool)
+    assert {slot.hint for slot in store.tiers.memory.slots()} == {ReuseHint(reuse=Reuse.FINAL)}
+    for reuse, count in (("automatic", 2), ("interactive", 1), ("final", 1)):
+        assert rig.counted("hints", reuse=reuse) == count
+
+
+def test_a_hint_out_of_range_is_named_or_clamped() -> None:
+    """A session id that is too long is a mistake; a return in years is a day."""
+    with pytest.raises(InvalidArgument, match=r"hint\.session_id"):
+        ReuseHint(b"s" * 33)
+    with pytest.raises(InvalidArgument, match=r"hint\.expected_return_ms"):
+        ReuseHint(expected_return_ms=-1)
+    assert ReuseHint(expected_return_ms=2**40).expected_return_ms == MAX_RETURN_MS
+
+
+# Spaces, ends.
+
+
+async def test_spaces_are_opened_within_limits(store: Store) -> None:
+    """Idempotently, not larger than memory can take, and not without end."""
+    descriptor = descriptor_of(numerics="other")
+    assert store.node.open_space(descriptor) == store.node.open_space(descriptor)
+    assert len(store.node.spaces) == 2
+    with pytest.raises(InvalidArgument, match=r"descriptor\.block_bytes.*memory\.slab_bytes"):
+        store.node.open_space(descriptor_of(block_bytes=1 << 20))
+    with pytest.raises(UnknownSpace, match="OpenSpace"):
+        store.node.space(bytes(32))
+    with pytest.raises(ResourceExhausted):
+        for number in range(5000):
+            store.node.open_space(descriptor_of(numerics=str(number)))
+    assert store.node.open_space(descriptor) == descriptor.space_id
+
+
+async def test_closing_flushes_memory_and_ends_leases(rig: Rig) -> None:
+    """What only memory had lies on disk; leases and background work are over."""
+    disk = await rig.disk()
+    store = Store(rig, disk, SLOTS, SLOTS)
+    keys = keys_of("chain", 6)
+    await store.store(keys)
+    await store.match(keys)
+    rig.gone(store.tiers.memory)
+    rig.gone(disk)
+    await store.node.close(flush_timeout_s=60)
+    assert (len(store.leases), store.leases.leased_bytes) == (0, 0)
+    assert len(disk._index) == 6
+    assert rig.sealed == [(1, 6, 6 * BLOCK_BYTES)]
