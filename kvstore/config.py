@@ -150,7 +150,7 @@ class DiskSettings(_Section):
     segment_bytes: ByteSize = Field(
         ByteSize(256 * _MIB), ge=65536, description="size of one file; room comes file by file"
     )
-    seal_after_s: float = Field(
+    sync_after_s: float = Field(
         30.0, gt=0, le=86400, description="what was written is on the device after this at latest"
     )
     lookup_timeout_s: float = Field(0.05, gt=0, le=60, description="later answers are misses")

@@ -223,7 +223,7 @@ async def _disk_tier(
         metrics,
         capacity_bytes=settings.capacity_bytes,
         segment_bytes=settings.segment_bytes,
-        seal_after_s=settings.seal_after_s,
+        sync_after_s=settings.sync_after_s,
         on_sealed=lambda *sealed: events.publish(SegmentSealed(*sealed)),
     )
 

@@ -47,15 +47,9 @@ def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
 def redis_server_url() -> Iterator[str]:
     """A real Redis for the whole run: `KVSTORE_REDIS_URL`, or an embedded one."""
     pytest.importorskip("redis")
-    from kvstore.api.errors import ConfigError
     from kvstore_workers.redis_server import RedisServer
 
-    server = RedisServer(os.environ.get(REDIS_VARIABLE) or None, policy="noeviction")
-    try:
-        server.start()
-    except ConfigError as error:
-        pytest.skip(str(error))
-    with server:
+    with RedisServer(os.environ.get(REDIS_VARIABLE) or None, policy="noeviction") as server:
         yield server.url
 
 

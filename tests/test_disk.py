@@ -15,11 +15,12 @@ from kvstore.api.tier import Block, BlockRef, Load
 from kvstore.files import DirectoryFiles
 from kvstore.names import block_name
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk_index import Entry
 from kvstore.tiers.segment import PAGE_BYTES, file_name
 from tests.sim.blocks import block_of, chain_of, load_all, namespace_of, present
 from tests.sim.clock import settle
 from tests.sim.files import FailAlways, FailNth, SimulatedFiles
-from tests.sim.rig import SEAL_AFTER_S, Rig
+from tests.sim.rig import SYNC_AFTER_S, Rig
 from tests.sim.runner import GatedRunner
 
 MINE, THEIRS = namespace_of("mine"), namespace_of("theirs")
@@ -141,6 +142,7 @@ async def test_a_torn_tail_is_cut(rig: Rig, rng: random.Random) -> None:
         tier = await rig.disk(files)
         whole = whole_records(cut, 8)
         assert await present(tier, blocks) == [True] * whole + [False] * (8 - whole), f"cut {cut}"
+        assert rig.counted("corrupt", tier="disk") == 0, "a torn record was believed"
         assert await tier.store(blocks) == [True] * 8
         await close(rig, files, tier)
         tier = await rig.disk(files)
@@ -164,6 +166,12 @@ async def test_a_scribbled_tail_is_cut(rig: Rig, rng: random.Random) -> None:
         whole = whole_records(cut, 8)
         held = await present(tier, blocks)
         assert held == [True] * whole + [False] * (8 - whole), f"cut {cut}"
+        assert rig.counted("corrupt", tier="disk") == 0, "a torn record was believed"
+        kill(rig, files, tier)
+        files.done.clear()
+        tier = await rig.disk(files)
+        assert files.done["read"] <= 3, "what was cut is sealed"
+        assert await present(tier, blocks) == held
         await close(rig, files, tier)
 
 
@@ -341,6 +349,22 @@ async def test_a_parent_goes_forward_with_its_children(rig: Rig) -> None:
     assert rig.counted("disk_segments_dropped") > 0
 
 
+async def test_large_blocks_and_hot_ones_share_a_segment(rig: Rig) -> None:
+    """What is written forward leaves room for the block that asked for the room."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    hot = chain_of("hot", 3, MINE, 100)
+    await tier.store(hot)
+    for number in range(20):
+        await present(tier, hot)
+        large = chain_of(f"large {number}", 1, MINE, 2 * SMALL_SEGMENT // 3)
+        assert await tier.store(large) == [True]
+        assert await present(tier, large) == [True]
+        assert files.peak_bytes <= SMALL_CAPACITY
+        tier.check()
+    assert rig.counted("disk_segments_dropped") > 10
+
+
 async def test_a_trickle_fills_the_room_before_anything_is_dropped(rig: Rig) -> None:
     """Segments that were sealed because of their age, nearly empty, do not push out others."""
     files = SimulatedFiles()
@@ -348,7 +372,7 @@ async def test_a_trickle_fills_the_room_before_anything_is_dropped(rig: Rig) -> 
     blocks = [chain(f"single {number}", 1)[0] for number in range(12)]
     for block in blocks:
         assert await tier.store([block]) == [True]
-        await rig.clock.advance(2 * SEAL_AFTER_S)
+        await rig.clock.advance(2 * SYNC_AFTER_S)
     assert 12 * (2 * PAGE_BYTES + RECORD_BYTES) < SMALL_CAPACITY - 2 * SMALL_SEGMENT
     assert await present(tier, blocks) == [True] * 12
     assert files.peak_bytes <= SMALL_CAPACITY
@@ -610,6 +634,7 @@ async def test_an_error_anywhere_leaves_the_tier_working(rig: Rig, rng: random.R
         assert sum(files.injected.values()) == 1
         await serves(tier, "after", 3)
         assert files.peak_bytes <= TINY_CAPACITY, f"operation {number}"
+        assert len(files.names()) == files.open_handles == tier._segments.count
         kill(rig, files, tier)
         tier = await tiny(rig, files)
         await load_all(tier, everything())
@@ -677,26 +702,16 @@ async def test_a_sector_that_cannot_be_read_does_not_stop_the_log(rig: Rig) -> N
     await serves(tier, "after", 12)
 
 
-Place = tuple[int, int]
-"""Segment and offset."""
-
-
-def places(tier: DiskTier) -> dict[bytes, Place]:
-    """Where every block of the tier lies now."""
-    return {name: (e.segment_id, e.offset) for name, e in tier._index._entries.items()}
-
-
-def promised_names(tier: DiskTier, safe: set[Place]) -> list[bytes]:
-    """The blocks that lie, like all their ancestors, where the tier said they are safe."""
-    here = places(tier)
+def promised_names(tier: DiskTier, safe: set[Entry]) -> list[bytes]:
+    """The blocks that were said to be safe, like all their ancestors, and have not left since."""
 
     def is_promised(name: bytes) -> bool:
         entry = tier._index.find(name)
         assert entry is not None
         parent = entry.header.parent
-        return here[name] in safe and (parent is None or is_promised(parent))
+        return entry in safe and (parent is None or is_promised(parent))
 
-    return [name for name in here if is_promised(name)]
+    return [name for name in tier._index._entries if is_promised(name)]
 
 
 class PowerCut:
@@ -725,9 +740,9 @@ async def test_a_crash_of_the_machine_anywhere_is_survived(rig: Rig, rng: random
     for number in range(1, total + 1):
         files = SimulatedFiles()
         tier = await tiny(rig, files)
-        safe: set[Place] = set()
+        safe: set[Entry] = set()
         rig.when_sealed = lambda tier=tier, safe=safe: safe.update(  # type: ignore[misc]
-            places(tier).values()
+            tier._index._entries.values()
         )
         files.fault = PowerCut(files, number)
         forgotten, perhaps = await script(tier, random.Random(seed))
@@ -753,12 +768,12 @@ async def test_a_crash_of_the_machine_anywhere_is_survived(rig: Rig, rng: random
 
 
 async def test_what_is_old_enough_survives_the_machine(rig: Rig, rng: random.Random) -> None:
-    """After `seal_after_s` at the latest a block is on the device, and that is announced."""
+    """After `sync_after_s` at the latest a block is on the device, and that is announced."""
     files = SimulatedFiles()
     tier = await rig.disk(files)
     blocks = chain(count=6)
     await tier.store(blocks[:4])
-    await rig.clock.advance(SEAL_AFTER_S)
+    await rig.clock.advance(SYNC_AFTER_S)
     assert [blocks for _, blocks, _ in rig.sealed] == [4]
     assert rig.sealed[0][2] == 4 * SIZE
     await tier.store(blocks[4:])
@@ -774,10 +789,10 @@ async def test_an_idle_tier_seals_nothing(rig: Rig) -> None:
     """Time alone writes nothing: neither without blocks nor once all of them are sealed."""
     files = SimulatedFiles()
     tier = await rig.disk(files)
-    await rig.clock.advance(10 * SEAL_AFTER_S)
+    await rig.clock.advance(10 * SYNC_AFTER_S)
     assert (files.names(), rig.sealed) == ([], [])
     await tier.store(chain())
-    await rig.clock.advance(10 * SEAL_AFTER_S)
+    await rig.clock.advance(10 * SYNC_AFTER_S)
     assert len(rig.sealed) == 1
     assert files.done["sync"] == 1
 
@@ -789,9 +804,9 @@ async def test_a_failed_seal_is_tried_again(rig: Rig) -> None:
     blocks = chain()
     await tier.store(blocks)
     files.fault = FailNth(1, errno.EIO, ["sync"])
-    await rig.clock.advance(SEAL_AFTER_S)
+    await rig.clock.advance(SYNC_AFTER_S)
     assert (files.injected["sync"], rig.sealed) == (1, [])
-    await rig.clock.advance(SEAL_AFTER_S)
+    await rig.clock.advance(SYNC_AFTER_S)
     assert [count for _, count, _ in rig.sealed] == [10]
     kill(rig, files, tier)
     assert await present(await rig.disk(files), blocks) == [True] * 10

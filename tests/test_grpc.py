@@ -833,7 +833,7 @@ async def test_health_says_serving_until_the_node_drains(nodes: Nodes) -> None:
 
 async def test_a_watcher_hears_of_sealed_segments(nodes: Nodes) -> None:
     """What is on the device is announced, with its blocks and bytes."""
-    server = await nodes.start(memory=SMALL_MEMORY, disk={"seal_after_s": 0.05})
+    server = await nodes.start(memory=SMALL_MEMORY, disk={"sync_after_s": 0.05})
     client, space = await opened(nodes, server)
     watchers = [await client.watch() for _ in range(2)]
     await store(client, space, keys_of("chain", BLOCKS))

@@ -299,6 +299,8 @@ async def test_a_full_allowance_refuses(rig: Rig, redis_url: str, server: sync_r
         held += await tier.store(blocks[start : start + 10])
     assert 10 <= sum(held) < 90
     assert await present(tier, blocks) == held
+    at_once = await tier.store(chain("at once", 100))
+    assert at_once.count(True) < 90, "a single batch may exceed the allowance"
     assert int(server.info("memory")["used_memory"]) < used + 120 * SIZE
     assert tier.usage()[0].used_bytes > 0
 

@@ -181,7 +181,7 @@ async def test_kill_9_loses_nothing_that_was_announced(
 def _has_seal_after() -> bool:
     from kvstore.config import DiskSettings
 
-    return "seal_after_s" in DiskSettings.model_fields
+    return "sync_after_s" in DiskSettings.model_fields
 
 
 async def test_kill_9_at_any_moment_is_survived(serving: Serving) -> None:

@@ -168,6 +168,7 @@ async def test_what_is_pinned_while_it_is_demoted_stays(rig: Rig) -> None:
     gate.opened.set()
     assert await storing == [False] * 4
     assert exact(blocks, acquired) == ["memory"] * 8
+    assert await tiered.memory.locate(refs_of(blocks)) == ["memory"] * 8
     tiered.release(got for got in acquired if got is not None)
     assert await tiered.store(more) == [True] * 4
 

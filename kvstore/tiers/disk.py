@@ -9,6 +9,7 @@ segment whole, after what is still hot in it was written forward.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from kvstore.api.clock import Clock
@@ -49,7 +50,7 @@ class DiskTier:
         self._sequence = 0
         self._writing = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()
-        self._sealer: asyncio.Task[None] | None = None
+        self._syncer: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -62,19 +63,19 @@ class DiskTier:
         *,
         capacity_bytes: int,
         segment_bytes: int,
-        seal_after_s: float,
+        sync_after_s: float,
         on_sealed: Callable[[int, int, int], None],
     ) -> "DiskTier":
         """The tier over what earlier runs left in the directory, however they ended.
 
-        `on_sealed(segment_id, blocks, bytes)` is called once a segment is on the device. A
-        segment that holds anything is sealed at the latest after `seal_after_s`.
+        `on_sealed(segment_id, blocks, bytes)` is called with the blocks that have come to be on the
+        device, which happens `sync_after_s` after they were stored at the latest.
         """
         log = SegmentLog(files, capacity_bytes, segment_bytes, on_sealed)
         tier = cls(log, codec, runner, clock, metrics)
         tier._recover(await runner.run(log.recover))
         _log.info("disk: %d blocks in %d segments", len(tier._index), log.count)
-        tier._sealer = asyncio.create_task(tier._seal_when_due(seal_after_s))
+        tier._syncer = asyncio.create_task(tier._sync_when_due(sync_after_s))
         return tier
 
     async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
@@ -121,8 +122,8 @@ class DiskTier:
         return [Usage(self.name, self._segments.capacity_bytes, used, len(self._index))]
 
     async def close(self) -> None:
-        if self._sealer is not None:
-            self._sealer.cancel()
+        if self._syncer is not None:
+            self._syncer.cancel()
         try:
             await self._change(lambda: self._runner.run(self._segments.close))
         except TierError as error:
@@ -244,7 +245,7 @@ class DiskTier:
                     await self._forward(entry)
             gone = [entry.header.name for entry in self._index.in_segment(oldest)]
             self._index.remove(gone)
-            await self._runner.run(lambda oldest=oldest: self._segments.drop(oldest))  # type: ignore[misc]
+            await self._runner.run(partial(self._segments.drop, oldest))
             self._metrics.disk_segments_dropped.inc()
 
     async def _forward(self, entry: Entry) -> None:
@@ -269,9 +270,9 @@ class DiskTier:
         for found in survivors(records):
             self._index.insert(found.header, found.segment_id, found.offset)
 
-    async def _seal_when_due(self, seal_after_s: float) -> None:
+    async def _sync_when_due(self, sync_after_s: float) -> None:
         while True:
-            await self._clock.sleep(seal_after_s)
+            await self._clock.sleep(sync_after_s)
             try:
                 await self._change(lambda: self._runner.run(self._segments.sync))
             except TierError as error:

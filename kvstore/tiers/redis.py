@@ -6,6 +6,7 @@ collapse Redis's throughput. The first part begins with the header, which says h
 
 import logging
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 
@@ -109,10 +110,9 @@ class RedisTier:
         pipeline = self._redis.pipeline(transaction=False)
         taken: list[bool] = []
         for block in blocks:
+            now_s = self._clock.wall_s()
             header, payload = await self._runner.run(
-                lambda block=block: encode_block(  # type: ignore[misc]
-                    block, self._codec, now_s=self._clock.wall_s(), ttl_s=self._ttl_s
-                )
+                partial(encode_block, block, self._codec, now_s=now_s, ttl_s=self._ttl_s)
             )
             room -= HEADER_BYTES + len(payload)
             taken.append(room >= 0)

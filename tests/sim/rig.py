@@ -25,7 +25,7 @@ from tests.sim.files import SimulatedFiles
 from tests.sim.runner import InlineRunner
 
 SEGMENT_BYTES = 1 << 18
-SEAL_AFTER_S = 30.0
+SYNC_AFTER_S = 30.0
 
 
 class Checked(Protocol):
@@ -68,7 +68,7 @@ class Rig:
         codec: str = "raw",
         capacity_bytes: int = 16 * SEGMENT_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
-        seal_after_s: float = SEAL_AFTER_S,
+        sync_after_s: float = SYNC_AFTER_S,
         runner: Runner | None = None,
     ) -> DiskTier:
         """A disk tier, over simulated files unless others are given."""
@@ -80,7 +80,7 @@ class Rig:
             self.metrics,
             capacity_bytes=capacity_bytes,
             segment_bytes=segment_bytes,
-            seal_after_s=seal_after_s,
+            sync_after_s=sync_after_s,
             on_sealed=self._sealed,
         )
         self._open.append(tier)

@@ -137,7 +137,7 @@ lookup_timeout_s = 0.5
 path = "{self._home / "store" / "blocks"}"
 capacity_bytes = {segment_bytes * 64}
 segment_bytes = {segment_bytes}
-seal_after_s = 1
+sync_after_s = 1
 """
         )
         return config

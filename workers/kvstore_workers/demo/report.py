@@ -98,8 +98,8 @@ def print_report(report: Report, console: Console) -> None:
     """The table, and the sums below it."""
     table = Table(
         title="What each request cost",
-        caption="worker and request · prompt tokens, restored from each tier or computed ·\n"
-        "time to first token in ms, with the cache and without (plain) · same: to the bit",
+        caption="worker, tenant/person · prompt tokens: restored from each tier, or computed ·\n"
+        "time to first token in ms, and plain: without cache · same: to the bit",
         padding=0,
         box=box.SIMPLE_HEAD,
     )
