@@ -168,7 +168,9 @@ class RedisTier:
         for key in keys:
             pipeline.unlink(key)
         gone = await _ask(pipeline.execute()) if keys else []
-        return sum(bool(there) and key.endswith(b":0") for key, there in zip(keys, gone, strict=True))
+        return sum(
+            bool(there) and key.endswith(b":0") for key, there in zip(keys, gone, strict=True)
+        )
 
     async def _get(self, keys: list[bytes]) -> list[bytes | None]:
         pipeline = self._redis.pipeline(transaction=False)
