@@ -46,7 +46,6 @@ def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
 @pytest.fixture(scope="session")
 def redis_server_url() -> Iterator[str]:
     """A real Redis for the whole run: `KVSTORE_REDIS_URL`, or an embedded one."""
-    pytest.importorskip("redis")
     from kvstore_workers.redis_server import RedisServer
 
     with RedisServer(os.environ.get(REDIS_VARIABLE) or None, policy="noeviction") as server:
@@ -64,15 +63,9 @@ def redis_url(redis_server_url: str) -> Iterator[str]:
 @pytest.fixture
 def private_redis() -> Iterator["RedisServer"]:
     """A real Redis for one test, which may stop, freeze and kill it."""
-    pytest.importorskip("redis")
-    from kvstore.api.errors import ConfigError
     from kvstore_workers.redis_server import RedisServer
 
-    try:
-        server = RedisServer(policy="noeviction").start()
-    except ConfigError as error:
-        pytest.skip(str(error))
-    with server:
+    with RedisServer(policy="noeviction") as server:
         yield server
 
 

@@ -14,7 +14,7 @@ from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
 from kvstore.api.hint import MAX_RETURN_MS, Reuse, ReuseHint
 from kvstore.api.space import MatchRule, SpaceDescriptor
 from kvstore.api.tier import BlockRef
-from kvstore.events import Events
+from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
 from kvstore.leases import Lease, LeaseTable
 from kvstore.matching import longest_match, needed
 from kvstore.node import EXPIRY_PERIOD_S, Matched, Node
@@ -547,7 +547,24 @@ def test_a_hint_out_of_range_is_named_or_clamped() -> None:
     assert ReuseHint(expected_return_ms=2**40).expected_return_ms == MAX_RETURN_MS
 
 
-# Spaces, ends.
+# Events, spaces, ends.
+
+
+async def test_a_watcher_that_does_not_keep_up_loses_the_oldest() -> None:
+    """Everybody gets what happens from when he begins to watch, and the node never waits."""
+    events = Events()
+    events.publish(SegmentSealed(0, 0, 0))
+    await settle()
+    with events.watch() as fast, events.watch() as slow:
+        for number in range(1, QUEUE_LENGTH + 11):
+            await asyncio.to_thread(events.publish, SegmentSealed(number, 0, 0))
+            await settle()
+            assert fast.get_nowait() == SegmentSealed(number, 0, 0)
+        left = [slow.get_nowait() for _ in range(slow.qsize())]
+        assert left == [SegmentSealed(number, 0, 0) for number in range(11, QUEUE_LENGTH + 11)]
+    events.publish(Draining())
+    await settle()
+    assert slow.empty()
 
 
 async def test_spaces_are_opened_within_limits(store: Store) -> None:

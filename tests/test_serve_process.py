@@ -151,8 +151,8 @@ async def test_kill_9_loses_nothing_that_was_announced(
     serving: Serving, private_redis: RedisServer
 ) -> None:
     """With memory and Redis empty the whole chain is matched and served from disk."""
-    period = "--disk-seal-after-s" if _has_seal_after() else "--disk-sync-after-s"
-    process = await serving.spawn({"--redis-blocks-url": private_redis.url, period: "0.1"})
+    flags = {"--redis-blocks-url": private_redis.url, "--disk-sync-after-s": "0.1"}
+    process = await serving.spawn(flags)
     assert process.stdout is not None
     served = Served(process, json.loads(await process.stdout.readline()))
     keys = keys_of("chain", BLOCKS)
@@ -176,12 +176,6 @@ async def test_kill_9_loses_nothing_that_was_announced(
         assert {run.tier for run in match.spaces[0]} == {"disk"}
         tiers = await load(client, space, keys)
         assert tiers == ["disk"] * match.blocks + [None] * (BLOCKS - match.blocks)
-
-
-def _has_seal_after() -> bool:
-    from kvstore.config import DiskSettings
-
-    return "sync_after_s" in DiskSettings.model_fields
 
 
 async def test_kill_9_at_any_moment_is_survived(serving: Serving) -> None:

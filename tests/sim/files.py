@@ -146,16 +146,20 @@ class SimulatedFiles:
         self.fault = None
         self._handles.clear()
 
-    def crash(self, rng: random.Random) -> None:
-        """The machine goes down and comes up: of what was not synced, some is lost or torn."""
+    def crash(self, rng: random.Random | None) -> None:
+        """The machine goes down and comes up: of what was not synced, some is lost or torn.
+
+        Without `rng` it is the worst that is allowed: every unsynced byte is lost, and every file
+        that was removed is gone.
+        """
         survived = dict(self._safe_names)
-        for name, file in self._changes[: rng.randint(0, len(self._changes))]:
+        for name, file in self._changes[: rng.randint(0, len(self._changes)) if rng else None]:
             if file is None:
                 survived.pop(name, None)
             else:
                 survived[name] = file
         for file in {id(file): file for file in survived.values()}.values():
-            file.data = _after_crash(file, rng)
+            file.data = _after_crash(file, rng) if rng else bytearray(file.safe)
             file.safe, file.unsafe = bytes(file.data), []
         self._names, self._safe_names, self._changes = survived, dict(survived), []
         self.restart()
