@@ -16,7 +16,7 @@ from tests.sim.blocks import chain_of, load_all, namespace_of, present
 from tests.sim.clock import settle
 from tests.sim.faulty import Faulty
 from tests.sim.files import SimulatedFiles
-from tests.sim.rig import Rig
+from tests.sim.rig import Rig, quiet
 
 MINE, THEIRS = namespace_of("mine"), namespace_of("theirs")
 SIZE = 6000
@@ -346,7 +346,7 @@ async def test_giving_up_at_any_step_leaks_nothing(rig: Rig, rng: random.Random)
         outcomes = await asyncio.gather(*callers, return_exceptions=True)
         cancelled += isinstance(outcomes[0], asyncio.CancelledError)
         assert not any(isinstance(outcome, Exception) for outcome in outcomes), outcomes
-        await settle()
+        await quiet(tiered)
         rig.check_all()
     assert cancelled > 20
     slow.before = slow.after = Faulty(tiered).before
