@@ -1,16 +1,24 @@
-# make demo | test | lint | proto | model | clean. Each sets up what it needs in .venv.
+# make demo | test | prove | soak | lint | proto | model | clean. Each sets up what it needs in .venv.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint proto model clean
+.PHONY: demo test prove soak lint proto model clean
 
 demo: $(STAMP)
 	$(BIN)/kvstore demo --out demo-out --json demo-out/demo.json
 
 test: $(STAMP) .gen-venv/.installed
 	$(BIN)/python -m pytest
+
+# Tries to break every promise, less than ten minutes; KVSTORE_TRACE and KVSTORE_HINTS name a trace.
+prove: $(STAMP)
+	$(BIN)/python -m benchmarks.prove
+
+# The same in the long form; goes on where it was interrupted (docs/figures/soak.json).
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

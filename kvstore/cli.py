@@ -21,7 +21,10 @@ SHORT_HELP = {
     "config": "Print a settings file with every setting and its meaning.",
     "token": "Make a bearer token for a tenant.",
     "status": "Show a node's tiers, leases, spaces and neighbours.",
+    "scrub": "Check that what lies on disk is as it was written.",
     "clear": "Forget what was stored in a space.",
+    "replay": "Run a trace through eviction policies, beside the optimum.",
+    "plan": "Say how much memory and disk a hit rate takes.",
     "demo": "Watch a cache survive kill -9, from an empty start to a report.",
 }
 """What `kvstore --help` says about each command without importing it."""
@@ -35,7 +38,7 @@ Try it:
 
 \b
 The base install is the client. What else there is:
-  pip install 'kvstore-llm[server]'      serve, config, token
+  pip install 'kvstore-llm[server]'      serve, config, token, scrub
   pip install 'kvstore-llm[demo]'        demo: server, workers, an embedded Redis
 """
 

@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from kvstore.api.errors import ConfigError
 from kvstore.api.wire import MESSAGE_BYTES
 from kvstore.codec import CODECS
+from kvstore.policy.policies import DEFAULT, POLICIES
 from kvstore.tiers.segment_log import LEAST_SEGMENTS
 
 _MIB = 1 << 20
@@ -44,7 +45,14 @@ def _host_and_port(value: str) -> str:
     return value
 
 
+def _policy_name(name: str) -> str:
+    if name not in POLICIES:
+        raise ValueError(f"must be one of {', '.join(POLICIES)}")
+    return name
+
+
 Codec = Annotated[str, AfterValidator(_codec_name)]
+PolicyName = Annotated[str, AfterValidator(_policy_name)]
 Listen = Annotated[str, AfterValidator(_host_and_port)]
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -67,12 +75,41 @@ class ServerSettings(_Section):
         ByteSize(MESSAGE_BYTES), ge=2 * _MIB, le=64 * _MIB, description="larger ones are refused"
     )
     max_concurrent_calls: int = Field(
-        256, ge=1, le=65536, description="calls beyond it get RESOURCE_EXHAUSTED at once"
+        2048, ge=2, le=65536, description="calls of every kind; gRPC refuses those beyond it"
+    )
+    max_data_calls: int = Field(
+        1024,
+        ge=1,
+        le=65535,
+        description="of them those that concern blocks; leaves room for the rest",
+    )
+    inflight_bytes: ByteSize = Field(
+        ByteSize(256 * _MIB), ge=4 * _MIB, description="held for reads and writes on their way"
+    )
+    inflight_bytes_per_client: ByteSize = Field(
+        ByteSize(64 * _MIB), ge=4 * _MIB, description="of them for one connection"
+    )
+    waiting_calls: int = Field(
+        128, ge=0, le=65536, description="may wait for room; others are refused at once"
+    )
+    wait_s: float = Field(
+        0.2, ge=0, le=60, description="at most so long; who would wait longer is refused at once"
+    )
+    max_deadline_s: float = Field(
+        60.0, gt=0, le=3600, description="calls without a deadline, or with a later one, end then"
     )
     drain_timeout_s: float = Field(
         10.0, ge=0, le=600, description="how long calls may finish and memory be flushed at a stop"
     )
     reflection: bool = Field(False, description="gRPC reflection, for exploring with grpcurl")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ServerSettings":
+        if self.max_data_calls >= self.max_concurrent_calls:
+            raise ValueError("max_data_calls: must be less than max_concurrent_calls")
+        if self.inflight_bytes_per_client > self.inflight_bytes:
+            raise ValueError("inflight_bytes_per_client: must not exceed inflight_bytes")
+        return self
 
 
 class AuthSettings(_Section):
@@ -106,6 +143,9 @@ class MemorySettings(_Section):
     )
     slab_bytes: ByteSize = Field(
         ByteSize(64 * _MIB), ge=4096, description="granule of the arena and largest block"
+    )
+    policy: PolicyName = Field(
+        DEFAULT, description=f"what is evicted first: one of {', '.join(POLICIES)}"
     )
 
     @model_validator(mode="after")
@@ -155,7 +195,11 @@ class DiskSettings(_Section):
     )
     lookup_timeout_s: float = Field(0.05, gt=0, le=60, description="later answers are misses")
     timeout_s: float = Field(5.0, gt=0, le=60, description="for a batch of blocks")
-    threads: int = Field(4, ge=1, le=64, description="for files and codecs")
+    threads: int = Field(8, ge=1, le=64, description="for files and codecs, each one request")
+    scrub_bytes_per_s: ByteSize = Field(
+        ByteSize(64 * _MIB), ge=65536, description="a scrub of the running node reads no faster"
+    )
+    direct_io: bool = Field(True, description="past the page cache, where the file system can")
     codec: Codec = Field("bitshuffle-lz4", description=f"one of {', '.join(CODECS)}")
 
     @model_validator(mode="after")

@@ -1,12 +1,24 @@
-"""The seam of files: the disk tier reaches its directory through `Files` alone."""
+"""The seam of files: the disk tier reaches its directory through `Files` alone.
 
+Reads and writes are of whole pages, at page offsets, from and to memory that begins on a page
+(`kvstore.staging`), so that they can go past the page cache.
+"""
+
+import contextlib
+import errno
 import fcntl
+import logging
+import mmap
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from kvstore.api.errors import ConfigError
+
+_log = logging.getLogger("kvstore.disk")
+
+PAGE_BYTES = 4096
+SECTOR_BYTES = 512
 
 
 class Files(Protocol):
@@ -21,11 +33,11 @@ class Files(Protocol):
     def size_bytes(self, handle: int) -> int:
         """How long the file is."""
 
-    def read(self, handle: int, size: int, offset: int) -> bytes:
-        """Up to `size` bytes; fewer only at the file's end."""
+    def read_into(self, handle: int, pages: memoryview, offset: int) -> int:
+        """Fills `pages` and says how many bytes came; fewer only at the file's end."""
 
-    def write(self, handle: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-        """Writes all the buffers, one behind the other."""
+    def write(self, handle: int, pages: memoryview, offset: int) -> None:
+        """Writes all of `pages`."""
 
     def truncate(self, handle: int, size: int) -> None:
         """Cuts the file."""
@@ -43,54 +55,84 @@ class Files(Protocol):
 class DirectoryFiles:
     """The files of a real directory, which only its owner may enter, and only one process uses.
 
+    With `direct` they are read and written past the page cache, where the file system can.
     Raises ConfigError if the directory cannot be used or another process uses it.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, direct: bool = True) -> None:
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._root = os.open(root, os.O_DIRECTORY | os.O_RDONLY)
         except OSError as error:
             raise ConfigError(f"disk.path: {root} cannot be used: {error.strerror}") from None
-        self._lock = os.open(".lock", os.O_CREAT | os.O_RDWR, 0o600, dir_fd=self._root)
+        try:
+            self._lock = os.open(".lock", os.O_CREAT | os.O_RDWR, 0o600, dir_fd=self._root)
+        except OSError as error:
+            _close(self._root)
+            raise ConfigError(f"disk.path: {root} cannot be used: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.shut()
             raise ConfigError(f"disk.path: {root} is in use by another process") from None
+        self._flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        if direct and self._takes_direct():
+            self._flags |= os.O_DIRECT
+        elif direct:
+            _log.info("disk: %s has no direct I/O, the page cache is used", root)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the page cache is passed by."""
+        return bool(self._flags & os.O_DIRECT)
+
+    def _takes_direct(self) -> bool:
+        """Tries it on the lock file: some file systems refuse only when they are written to."""
+        page = mmap.mmap(-1, PAGE_BYTES)
+        try:
+            handle = os.open(".lock", self._flags | os.O_DIRECT, dir_fd=self._root)
+        except OSError:
+            return False
+        try:
+            os.pwrite(handle, page, 0)
+            return os.preadv(handle, [page], 0) == PAGE_BYTES
+        except OSError as error:
+            return error.errno == errno.ENOSPC
+        finally:
+            _close(handle)
 
     def shut(self) -> None:
         """Lets go of the directory itself."""
-        os.close(self._lock)
-        os.close(self._root)
+        _close(self._lock)
+        _close(self._root)
 
     def names(self) -> list[str]:
         return os.listdir(self._root)
 
     def open(self, name: str, *, create: bool) -> int:
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-        if create:
-            flags |= os.O_CREAT | os.O_EXCL
+        flags = self._flags | (os.O_CREAT | os.O_EXCL if create else 0)
         return os.open(name, flags, 0o600, dir_fd=self._root)
 
     def size_bytes(self, handle: int) -> int:
         return os.fstat(handle).st_size
 
-    def read(self, handle: int, size: int, offset: int) -> bytes:
-        parts: list[bytes] = []
-        while size and (part := os.pread(handle, size, offset)):
-            parts.append(part)
-            size -= len(part)
-            offset += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    def read_into(self, handle: int, pages: memoryview, offset: int) -> int:
+        done = 0
+        while done < len(pages):
+            count = os.preadv(handle, [pages[done:]], offset + done)
+            done += count
+            if count == 0 or done % SECTOR_BYTES:  # The file ends here.
+                break
+        return done
 
-    def write(self, handle: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-        for buffer in buffers:
-            rest = memoryview(buffer)
-            while rest:
-                written = os.pwrite(handle, rest, offset)
-                rest = rest[written:]
-                offset += written
+    def write(self, handle: int, pages: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(pages):
+            count = os.pwrite(handle, pages[done:], offset + done)
+            if count < SECTOR_BYTES:
+                raise OSError(errno.EIO, "nothing more was written")
+            # Past the cache, what follows a short write must begin a sector.
+            done += count // SECTOR_BYTES * SECTOR_BYTES
 
     def truncate(self, handle: int, size: int) -> None:
         os.ftruncate(handle, size)
@@ -103,4 +145,10 @@ class DirectoryFiles:
         os.unlink(name, dir_fd=self._root)
 
     def close(self, handle: int) -> None:
+        os.close(handle)
+
+
+def _close(handle: int) -> None:
+    """A handle is gone whatever its closing says: there is nothing to try again."""
+    with contextlib.suppress(OSError):
         os.close(handle)

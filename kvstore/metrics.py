@@ -9,6 +9,8 @@ from kvstore.api.tier import Usage
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
+_SHED_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+
 
 class Metrics:
     """The metrics of one node, in a registry of its own."""
@@ -24,6 +26,15 @@ class Metrics:
             "Time from a call's arrival to its last byte.",
             ["op"],
             buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.shed_calls = self._counter(
+            "shed_calls", "Calls refused because the node had too much to do, by limit.", "reason"
+        )
+        self.shed_seconds = Histogram(
+            "kvstore_shed_seconds",
+            "Time from the arrival of a call that was shed to its refusal.",
+            buckets=_SHED_SECONDS,
             registry=self.registry,
         )
         self.tier_operations = self._counter(
@@ -43,7 +54,7 @@ class Metrics:
         )
         self.tier_errors = self._counter(
             "tier_errors",
-            "Batches that became misses: error, late or open.",
+            "Batches that became misses: error, late, open or full.",
             "tier",
             "cause",
         )
@@ -55,6 +66,9 @@ class Metrics:
         )
         self.promoted_blocks = self._counter(
             "promoted_blocks", "Blocks copied from a slower tier into memory.", "tier"
+        )
+        self.shared_blocks = self._counter(
+            "shared_blocks", "Blocks of slower tiers served by a read that another had caused."
         )
         self.disk_orphans = self._counter(
             "disk_orphans", "Blocks that the disk refused because their parent is not on it."
@@ -77,6 +91,10 @@ class Metrics:
         self.tier_blocks = self._gauge("tier_blocks", "Blocks in the tier.", "tier")
         self.leases = self._gauge("leases", "Leases that hold now.")
         self.leased_bytes = self._gauge("leased_bytes", "Bytes of memory that leases keep.")
+        self._pressure: Callable[[], tuple[int, int, int]] = lambda: (0, 0, 0)
+        self.inflight_calls = self._gauge("inflight_calls", "Calls that were admitted and last.")
+        self.inflight_bytes = self._gauge("inflight_bytes", "Bytes that those calls may hold.")
+        self.waiting_calls = self._gauge("waiting_calls", "Calls that wait to be admitted.")
 
     def follow(
         self, usage: Callable[[], list[Usage]], lease_totals: Callable[[], tuple[int, int]]
@@ -84,6 +102,10 @@ class Metrics:
         """From now on the gauges say what these say: tiers, and count and bytes of leases."""
         self._usage = usage
         self._lease_totals = lease_totals
+
+    def follow_admission(self, pressure: Callable[[], tuple[int, int, int]]) -> None:
+        """Likewise of calls: admitted ones, their bytes, and those that wait."""
+        self._pressure = pressure
 
     def refresh(self) -> None:
         """Brings the gauges up to date."""
@@ -94,6 +116,10 @@ class Metrics:
         leases, leased_bytes = self._lease_totals()
         self.leases.set(leases)
         self.leased_bytes.set(leased_bytes)
+        calls, inflight_bytes, waiting = self._pressure()
+        self.inflight_calls.set(calls)
+        self.inflight_bytes.set(inflight_bytes)
+        self.waiting_calls.set(waiting)
 
     def samples(self) -> dict[str, float]:
         """All counters and gauges by their exposed name and labels."""

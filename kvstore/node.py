@@ -7,26 +7,29 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
 from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
-from kvstore.api.tier import BlockRef, Load
+from kvstore.api.tier import BlockRef
 from kvstore.events import Events
 from kvstore.leases import Lease, LeaseTable
 from kvstore.matching import longest_match, needed
 from kvstore.metrics import Metrics
 from kvstore.names import namespace
+from kvstore.policy.policy import Use
+from kvstore.reading import Delivered, Reading, always, windows, within
 from kvstore.tenants import PRIVATE_SCOPE, Tenant, check_scope
-from kvstore.tiers.tiered import Acquired, Tiered, Want
+from kvstore.tiers.disk import DiskTier, Scrubbed
+from kvstore.tiers.tiered import Tiered, Want
 from kvstore.writing import Incoming
 
 _log = logging.getLogger("kvstore.node")
 
-READ_WINDOW_BYTES = 8 << 20
 MAX_SPACES = 4096
 EXPIRY_PERIOD_S = 0.5
 
@@ -49,16 +52,6 @@ class Matched:
     lease: Lease | None
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
-    """One block of a read. `view` is valid until the iterator moves on; None: missing."""
-
-    index: int
-    view: memoryview | None
-    digest: bytes = b""
-    tier: str = ""
-
-
 class Node:
     """One store process."""
 
@@ -73,6 +66,7 @@ class Node:
         events: Events,
         clock: Clock,
         metrics: Metrics,
+        slow_is_full: Callable[[int], bool] = lambda size: False,
     ) -> None:
         self.node_id = node_id
         self._secret = secret
@@ -82,8 +76,12 @@ class Node:
         self.events = events
         self.clock = clock
         self.metrics = metrics
+        self._slow_is_full = slow_is_full
         self.spaces: dict[bytes, SpaceDescriptor] = {}
         self.draining = False
+        self.disk: DiskTier | None = None
+        """The disk among the tiers, for what only a disk can do."""
+        self._scrubbing = False
         self._namespaces: dict[tuple[str, str, bytes], bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.follow(tiers.usage, lambda: (len(leases), leases.leased_bytes))
@@ -136,17 +134,19 @@ class Node:
         request_id: bytes = b"",
         held_blocks: int = 0,
         hint: ReuseHint | None = None,
+        left_s: Callable[[], float] = always,
     ) -> Matched:
         """The longest restorable prefix, leased as far as leases go, its promotion begun.
 
-        The caller has the first `held_blocks` blocks itself: they count as here and are touched.
+        When nothing is left of `left_s`, what memory has is the answer. The caller has the first
+        `held_blocks` blocks itself: they count as here and are touched.
         """
         self._count_hint(hint)
         asked = (tuple(space_ids), tuple(keys), tuple(scopes), held_blocks)
         if repeated := self._repeated(tenant, request_id, asked):
             return Matched(repeated.blocks, self._runs(repeated), repeated)
         descriptors = [self.space(space_id) for space_id in space_ids]
-        found = [await self._find(tenant, scopes, space_id, keys) for space_id in space_ids]
+        found = [await self._find(tenant, scopes, space_id, keys, left_s) for space_id in space_ids]
         # Its caller may have repeated itself while this one was looking, and got his lease.
         if repeated := self._repeated(tenant, request_id, asked):
             return Matched(repeated.blocks, self._runs(repeated), repeated)
@@ -170,8 +170,9 @@ class Node:
             ],
             tiers={ref: tier for row in found for ref, tier in row[:length] if tier is not None},
         )
-        for row in found:
-            self.tiers.memory.touch([ref for ref, _ in row[:length]], hint)
+        for space_id, row in zip(space_ids, found, strict=True):
+            chain = [ref for ref, _ in row]
+            self.tiers.memory.use(self._use(tenant, space_id, chain, hint))
         earlier = self.leases.of_request(tenant.name, request_id) if request_id else None
         if earlier is not None:
             self._release(earlier)
@@ -195,16 +196,31 @@ class Node:
             self._release(lease)
 
     async def _find(
-        self, tenant: Tenant, scopes: Sequence[str], space_id: bytes, keys: Sequence[bytes]
+        self,
+        tenant: Tenant,
+        scopes: Sequence[str],
+        space_id: bytes,
+        keys: Sequence[bytes],
+        left_s: Callable[[], float],
     ) -> list[tuple[BlockRef, str | None]]:
         """For each key the first scope that has it, and in which tier."""
         found: list[tuple[BlockRef, str | None]] = []
         for scope in scopes or (PRIVATE_SCOPE,):
             refs = self.refs(tenant, scope, space_id, keys)
-            tiers = await self.tiers.locate(refs)
+            tiers = await self._locate(refs, left_s())
             here = list(zip(refs, tiers, strict=True))
-            found = [a if a[1] else b for a, b in zip(found, here, strict=True)] if found else here
+            # What no scope has is called as in the first one, where its owner would write it.
+            pairs = zip(found or here, here, strict=True)
+            found = [b if b[1] and not a[1] else a for a, b in pairs]
         return found
+
+    async def _locate(self, refs: Sequence[BlockRef], left_s: float) -> list[str | None]:
+        """Where blocks lie, as far as that can be said in the time that is left."""
+        try:
+            async with within(left_s):
+                return await self.tiers.locate(refs)
+        except TimeoutError:
+            return await self.tiers.memory.locate(refs)  # Which does not wait.
 
     def _grant(self, lease: Lease) -> None:
         """Pins what is in memory and begins to promote the rest, both up to the leases' limit."""
@@ -234,7 +250,7 @@ class Node:
 
     async def _promote(self, lease: Lease, wants: list[Want]) -> None:
         """Fetches in windows what a lease waits for, as long as it lives."""
-        for window in _windows(wants):
+        for window in windows(wants):
             if lease.ended:
                 return
             acquired = [block for block in await self.tiers.acquire(window) if block]
@@ -255,63 +271,33 @@ class Node:
         space_id: bytes,
         keys: Sequence[bytes],
         lease_id: bytes = b"",
+        *,
+        left_s: Callable[[], float] = always,
     ) -> AsyncGenerator[Delivered, None]:
-        """The blocks in order. With a lease, what lies below is promoted on its way."""
+        """The blocks in order. With a lease, what lies below is promoted on its way.
+
+        When nothing is left of `left_s`, the rest is answered as missing. Raises Shed, ahead of
+        the first block, where that could only come from tiers that have too much to do.
+        """
         size = self.space(space_id).block_bytes
         lease = self.leases.find(tenant.name, lease_id) if lease_id else None
-        known = {want.ref: want for row in lease.wants for want in row} if lease else {}
-        origin = lease.tiers if lease else {}
-        refs = await self._choose(tenant, scopes, space_id, keys)
-        done = 0
-        for window in _windows([known.get(ref) or Want(ref, None, size) for ref in refs]):
-            held = await self._hold(window, known)
-            try:
-                below = await self._load([want for want in window if want.ref not in held])
-                for index, want in enumerate(window, start=done):
-                    block = held.get(want.ref)
-                    if block is None:
-                        yield Delivered(index, *below[want.ref])
-                        continue
-                    tier = origin.get(want.ref, block.tier)
-                    yield Delivered(index, block.slot.view, block.slot.digest, tier)
-            finally:
-                self.tiers.release(held.values())
-            done += len(window)
-
-    async def _hold(
-        self, window: list[Want], known: dict[BlockRef, Want]
-    ) -> dict[BlockRef, Acquired]:
-        """The blocks of a window in memory; those of the lease's chain are promoted for it."""
-        asked = {want.ref: want for want in window}  # A block may be asked for twice.
-        chained = [want for ref, want in asked.items() if ref in known]
-        acquired = await self.tiers.acquire(chained) if chained else []
-        loose = [self.tiers.pin(want) for ref, want in asked.items() if ref not in known]
-        return {block.slot.ref: block for block in [*acquired, *loose] if block is not None}
-
-    async def _load(
-        self, wants: list[Want]
-    ) -> dict[BlockRef, tuple[memoryview | None, bytes, str]]:
-        """The blocks in buffers of their own, where memory has no room or the chain is unknown."""
-        sizes = {want.ref: want.size for want in wants}
-        places = await self.tiers.locate(list(sizes)) if sizes else []
-        # A buffer only for what is there: who asks for much that is nowhere must not cost much.
-        here = [ref for ref, place in zip(sizes, places, strict=True) if place is not None]
-        loads = [Load(ref, memoryview(bytearray(sizes[ref]))) for ref in here]
-        answers = await self.tiers.load(loads) if loads else []
-        missing: tuple[memoryview | None, bytes, str] = (None, b"", "")
-        found = {
-            load.ref: (load.into, loaded.digest, loaded.tier)
-            for load, loaded in zip(loads, answers, strict=True)
-            if loaded is not None
-        }
-        return {ref: found.get(ref, missing) for ref in sizes}
+        refs = await self._choose(tenant, scopes, space_id, keys, left_s)
+        reading = Reading(self.tiers, lease, self._slow_is_full, left_s)
+        async with aclosing(reading.blocks(refs, size)) as blocks:
+            async for block in blocks:
+                yield block
 
     async def _choose(
-        self, tenant: Tenant, scopes: Sequence[str], space_id: bytes, keys: Sequence[bytes]
+        self,
+        tenant: Tenant,
+        scopes: Sequence[str],
+        space_id: bytes,
+        keys: Sequence[bytes],
+        left_s: Callable[[], float],
     ) -> list[BlockRef]:
         if len(scopes) < 2:
             return self.refs(tenant, scopes[0] if scopes else PRIVATE_SCOPE, space_id, keys)
-        return [ref for ref, _ in await self._find(tenant, scopes, space_id, keys)]
+        return [ref for ref, _ in await self._find(tenant, scopes, space_id, keys, left_s)]
 
     # Write and the rest.
 
@@ -330,12 +316,25 @@ class Node:
         self._count_hint(hint)
         descriptor = self.space(space_id)
         refs = self.refs(tenant, scope, space_id, keys)
-        above = self.refs(tenant, parent_scope, space_id, [parent_key]) if parent_key else [None]
-        wanted = await self.tiers.wants(refs)
+        parents: list[BlockRef | None] = [None] * len(refs)
+        if descriptor.needs_parents:
+            parents[1:] = refs[:-1]
+            if parent_key:
+                parents[:1] = self.refs(tenant, parent_scope, space_id, [parent_key])
+        rooted, *wanted = await self._wanted(parents[0], refs)
+        self.tiers.memory.expect(self._use(tenant, space_id, refs, hint))
         return Incoming(
             self.tiers, self.metrics, space_id, descriptor.block_bytes, refs,
-            parents=[*above, *refs[:-1]], wanted=wanted, hint=hint,
+            parents=parents, wanted=wanted, rooted=rooted,
+            advise=lambda: self._advise(tenant, space_id, refs, hint),
         )  # fmt: skip
+
+    async def _wanted(self, above: BlockRef | None, refs: list[BlockRef]) -> list[bool]:
+        """Whether the parent of a run is here, and which blocks of the run are not."""
+        if above is None:
+            return [True, *await self.tiers.wants(refs)]
+        absent, *wanted = await self.tiers.wants([above, *refs])
+        return [not absent, *wanted]
 
     async def clear_space(self, tenant: Tenant, scope: str, space_id: bytes) -> int:
         """Forgets every block of a tenant in one space and scope; how many copies there were.
@@ -345,12 +344,46 @@ class Node:
         owned = namespace(self._secret, tenant.name, check_scope(scope), space_id)
         return await self.tiers.clear(owned)
 
+    async def scrub(self, bytes_per_s: float) -> AsyncGenerator[Scrubbed, None]:
+        """Checks everything on the disk, one scrub at a time."""
+        if self.disk is None:
+            raise InvalidArgument("this node has no disk to check: disk.enabled is false")
+        if self._scrubbing:
+            raise ResourceExhausted("a scrub is under way already")
+        self._scrubbing = True
+        try:
+            async with aclosing(self.disk.scrub(bytes_per_s)) as reports:
+                async for report in reports:
+                    yield report
+        finally:
+            self._scrubbing = False
+
     def hint(
         self, tenant: Tenant, scope: str, space_id: bytes, keys: Sequence[bytes], hint: ReuseHint
     ) -> None:
         """Passes a hint for a chain to the policy."""
         self._count_hint(hint)
-        self.tiers.memory.note(self.refs(tenant, scope, space_id, keys), hint)
+        self._advise(tenant, space_id, self.refs(tenant, scope, space_id, keys), hint)
+
+    def _advise(
+        self, tenant: Tenant, space_id: bytes, refs: Sequence[BlockRef], hint: ReuseHint | None
+    ) -> None:
+        if hint is not None:
+            self.tiers.memory.advise(self._use(tenant, space_id, refs, hint))
+
+    def _use(
+        self, tenant: Tenant, space_id: bytes, refs: Sequence[BlockRef], hint: ReuseHint | None
+    ) -> Use[BlockRef]:
+        """What the policy is told of a request."""
+        descriptor = self.space(space_id)
+        return Use(
+            refs,
+            self.clock.monotonic_s(),
+            block_bytes=descriptor.block_bytes,
+            block_tokens=descriptor.block_tokens,
+            hint=hint,
+            session=hash((tenant.name, hint.session_id)) if hint and hint.session_id else None,
+        )
 
     def _count_hint(self, hint: ReuseHint | None) -> None:
         if hint is not None:
@@ -391,14 +424,11 @@ def _wants(
 ) -> list[Want]:
     """The blocks of one space that a restore from `held` to `length` needs, with their parents."""
     return [
-        Want(row[block][0], row[block - 1][0] if block else None, descriptor.block_bytes)
+        Want(
+            row[block][0],
+            row[block - 1][0] if block and descriptor.needs_parents else None,
+            descriptor.block_bytes,
+        )
         for block in needed(descriptor, length)
         if block >= held
     ]
-
-
-def _windows(wants: list[Want]) -> Iterator[list[Want]]:
-    """The blocks in pieces of about `READ_WINDOW_BYTES`, so that a read pins few at a time."""
-    step = max(1, READ_WINDOW_BYTES // max((want.size for want in wants), default=1))
-    for start in range(0, len(wants), step):
-        yield wants[start : start + step]

@@ -12,6 +12,7 @@ from enum import IntEnum
 import xxhash
 
 from kvstore.api.errors import TierError
+from kvstore.api.space import MAX_BLOCK_BYTES
 from kvstore.api.tier import Block
 from kvstore.codec import Codec, CodecId, decode
 from kvstore.names import block_name, namespace_tag
@@ -24,8 +25,8 @@ _XXH3_128 = 1
 _HAS_PARENT = 1
 # magic, version, kind, codec, digest algorithm, flags, 2 reserved; sequence, block bytes,
 # stored bytes, created, expires; tag, name, parent, digest, payload digest; encryption key id
-# and nonce (zero: not encrypted); reserved; header digest.
-_LAYOUT = struct.Struct("<4sHBBBB2x5Q16s32s32s16s16s16s12s48x16s")
+# and nonce (zero: not encrypted); forget records so far; reserved; header digest.
+_LAYOUT = struct.Struct("<4sHBBBB2x5Q16s32s32s16s16s16s12sQ40x16s")
 _DIGEST_OFFSET = HEADER_BYTES - 16
 
 
@@ -59,6 +60,8 @@ class Header:
     parent: bytes | None = None
     digest: bytes = bytes(16)
     payload_digest: bytes = xxhash.xxh3_128_digest(b"")
+    forgets: int = 0
+    """How many forget records the log had seen, this one included: a missing one is noticed."""
 
     def pack(self) -> bytes:
         """The 256 bytes of the header."""
@@ -67,7 +70,7 @@ class Header:
             _HAS_PARENT if self.parent is not None else 0,
             self.sequence, self.block_bytes, self.stored_bytes, self.created_s, self.expires_s,
             self.tag, self.name, self.parent or bytes(32), self.digest, self.payload_digest,
-            bytes(16), bytes(12), bytes(16),
+            bytes(16), bytes(12), self.forgets, bytes(16),
         )[:_DIGEST_OFFSET]  # fmt: skip
         return body + xxhash.xxh3_128_digest(body)
 
@@ -78,11 +81,14 @@ class Header:
             raise Damaged(f"record header: {HEADER_BYTES} bytes are needed, got {len(packed)}")
         (magic, version, kind, codec, algorithm, flags, sequence, block_bytes, stored_bytes,
          created_s, expires_s, tag, name, parent, digest, payload_digest, key_id, _nonce,
-         header_digest) = _LAYOUT.unpack(packed)  # fmt: skip
+         forgets, header_digest) = _LAYOUT.unpack(packed)  # fmt: skip
         if magic != _MAGIC or header_digest != xxhash.xxh3_128_digest(packed[:_DIGEST_OFFSET]):
             raise Damaged("record header: its digest does not match")
         if version != FORMAT_VERSION or algorithm != _XXH3_128 or key_id != bytes(16):
             raise Damaged(f"record header: written by another version ({version}/{algorithm})")
+        if not stored_bytes <= block_bytes <= MAX_BLOCK_BYTES:
+            # Encoding never makes a block longer, and readers make room for what is said here.
+            raise Damaged(f"record header: no block has {block_bytes} bytes in {stored_bytes}")
         try:
             kind, codec = Kind(kind), CodecId(codec)
         except ValueError as error:
@@ -91,12 +97,12 @@ class Header:
             kind=kind, codec=codec, sequence=sequence, block_bytes=block_bytes,
             stored_bytes=stored_bytes, created_s=created_s, expires_s=expires_s, tag=tag,
             name=name, parent=parent if flags & _HAS_PARENT else None, digest=digest,
-            payload_digest=payload_digest,
+            payload_digest=payload_digest, forgets=forgets,
         )  # fmt: skip
 
-    def resequenced(self, sequence: int) -> "Header":
-        """The same record, written again later."""
-        return replace(self, sequence=sequence)
+    def resequenced(self, sequence: int, forgets: int) -> "Header":
+        """The same record, written now, after so many records and forget records."""
+        return replace(self, sequence=sequence, forgets=forgets)
 
 
 def encode_block(
@@ -124,14 +130,21 @@ def decode_block(header: Header, name: bytes, payload: memoryview, into: memoryv
 
     Raises `Damaged` if the record is another block's, of another length, or not as written.
     """
-    if header.kind is not Kind.BLOCK or header.name != name:
-        raise Damaged("record: it belongs to another block")
-    if header.block_bytes != len(into) or header.stored_bytes != len(payload):
+    check_payload(header, name, payload)
+    if header.block_bytes != len(into):
         raise Damaged("record: its length is not the block's")
-    if xxhash.xxh3_128_digest(payload) != header.payload_digest:
-        raise Damaged("record: the digest of its payload does not match")
     try:
         decode(header.codec, payload, into)
     except (ValueError, RuntimeError) as error:
         raise Damaged(f"record: {error}") from None
     return header.digest
+
+
+def check_payload(header: Header, name: bytes, payload: memoryview) -> None:
+    """Raises `Damaged` unless this is the record of the block called `name`, as it was written."""
+    if header.kind is not Kind.BLOCK or header.name != name:
+        raise Damaged("record: it belongs to another block")
+    if header.stored_bytes != len(payload):
+        raise Damaged("record: its length is not the block's")
+    if xxhash.xxh3_128_digest(payload) != header.payload_digest:
+        raise Damaged("record: the digest of its payload does not match")

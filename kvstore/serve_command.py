@@ -15,6 +15,8 @@ from kvstore.api.errors import ConfigError
 from kvstore.config import Settings, fields, load_settings
 from kvstore.server import NodeServer
 
+_log = logging.getLogger("kvstore")
+
 
 def _setting_flags(command: Callable[..., None]) -> Callable[..., None]:
     """One flag for each setting, in the order of the sample file."""
@@ -44,7 +46,7 @@ def _setting_flags(command: Callable[..., None]) -> Callable[..., None]:
 )
 @_setting_flags
 def serve(config_file: Path | None, supervised: bool, log_level: str, **flags: str | None) -> None:
-    """Run a store node until SIGTERM or Ctrl-C.
+    """Run a store node until SIGTERM or Ctrl-C, which drain it; a second one ends it at once.
 
     Without any setting it keeps blocks in 1 GiB of memory and 10 GiB of disk, and listens on
     127.0.0.1:7070 for this host alone. Once it answers it prints one line of JSON: its endpoint,
@@ -73,7 +75,7 @@ async def _run(settings: Settings, supervised: bool) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stop.set)
+        loop.add_signal_handler(signal_number, _stop_or_end, stop, signal_number)
     server = await NodeServer.start(settings)
     if supervised:
         loop.add_reader(sys.stdin.fileno(), _stop_at_end_of_input, stop)
@@ -85,8 +87,19 @@ async def _run(settings: Settings, supervised: bool) -> None:
     }
     click.echo(json.dumps(ready))
     await stop.wait()
-    logging.getLogger("kvstore").info("draining")
+    _log.info("draining")
     await server.stop()
+
+
+def _stop_or_end(stop: asyncio.Event, signal_number: int) -> None:
+    """The first signal drains. Who sends a second one will not wait for that."""
+    if not stop.is_set():
+        stop.set()
+        return
+    name = signal.Signals(signal_number).name
+    _log.warning("%s while draining: ending at once, what only memory had is lost", name)
+    logging.shutdown()
+    os._exit(128 + signal_number)
 
 
 def _stop_at_end_of_input(stop: asyncio.Event) -> None:

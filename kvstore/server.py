@@ -1,5 +1,6 @@
 """A node as a running server: the expression of its tiers, its gRPC port, its end."""
 
+import asyncio
 import os
 import secrets
 import socket
@@ -11,14 +12,25 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 
+from kvstore.admission import Admission, Limits
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
 from kvstore.api.v1 import kvstore_pb2, kvstore_pb2_grpc
+from kvstore.calls import Calls
 from kvstore.codec import CODECS
-from kvstore.config import DATA_HOME, ClusterSettings, DiskSettings, RedisSettings, Settings
+from kvstore.config import (
+    DATA_HOME,
+    ClusterSettings,
+    DiskSettings,
+    RedisSettings,
+    Settings,
+)
 from kvstore.directory import Directory
 from kvstore.events import Draining, Events, SegmentSealed
 from kvstore.files import DirectoryFiles
@@ -26,7 +38,7 @@ from kvstore.leases import LeaseTable
 from kvstore.metrics import Metrics
 from kvstore.names import SECRET_BYTES
 from kvstore.node import Node
-from kvstore.policy.lru import Lru
+from kvstore.policy.policies import make_policy
 from kvstore.runner import Runner, ThreadRunner
 from kvstore.servicer import Servicer
 from kvstore.tenants import Tenants
@@ -42,6 +54,11 @@ SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStore"].full_name
 KEEPALIVE_MS = 10_000
 KEEPALIVE_LEAST_MS = 5_000
 REDIS_CONNECTIONS = 16
+LAST_WORDS_S = 0.2
+
+
+def _as_it_is(tier: Tier) -> Tier:
+    return tier
 
 
 class NodeServer:
@@ -51,6 +68,7 @@ class NodeServer:
         self,
         settings: Settings,
         node: Node,
+        calls: Calls,
         grpc_server: grpc.aio.Server,
         health_servicer: health.aio.HealthServicer,
         runner: Runner,
@@ -59,6 +77,7 @@ class NodeServer:
     ) -> None:
         self._settings = settings
         self.node = node
+        self.calls = calls
         self._grpc = grpc_server
         self._health = health_servicer
         self._runner = runner
@@ -67,8 +86,16 @@ class NodeServer:
         self.metrics_endpoint = ""
 
     @classmethod
-    async def start(cls, settings: Settings, clock: Clock | None = None) -> "NodeServer":
-        """A server that answers. Raises ConfigError, naming the setting, if it cannot."""
+    async def start(
+        cls,
+        settings: Settings,
+        clock: Clock | None = None,
+        wrap: Callable[[Tier], Tier] = _as_it_is,
+    ) -> "NodeServer":
+        """A server that answers. Raises ConfigError, naming the setting, if it cannot.
+
+        `wrap` may put something around each slower tier, beneath its deadlines: faults, say.
+        """
         clock = clock or SystemClock()
         metrics, events = Metrics(), Events()
         tenants = _tenants(settings)
@@ -80,8 +107,12 @@ class NodeServer:
         port = _listen(grpc_server, settings.server.listen)
         runner = ThreadRunner(settings.disk.threads)
         closers: list[Callable[[], Any]] = []
-        slow = await _slow_tiers(settings, runner, clock, metrics, events, closers)
-        memory = Memory(settings.memory.capacity_bytes, settings.memory.slab_bytes, Lru())
+        guards: list[Guarded] = []
+        slow, disk = await _slow_tiers(
+            settings, runner, clock, metrics, events, closers, guards, wrap
+        )
+        policy = make_policy(settings.memory.policy, settings.memory.capacity_bytes)
+        memory = Memory(settings.memory.capacity_bytes, settings.memory.slab_bytes, policy, clock)
         leased_bytes = int(settings.memory.capacity_bytes * settings.leases.memory_fraction)
         node_id = settings.cluster.node_id or f"{socket.gethostname()}-{port}"
         node = Node(
@@ -93,17 +124,20 @@ class NodeServer:
             events=events,
             clock=clock,
             metrics=metrics,
+            slow_is_full=lambda size: bool(guards) and all(guard.full(size) for guard in guards),
         )
+        node.disk = disk
+        calls = _calls(settings, tenants, clock, metrics)
         health_servicer = health.aio.HealthServicer()
-        server = cls(settings, node, grpc_server, health_servicer, runner, closers, port)
+        server = cls(settings, node, calls, grpc_server, health_servicer, runner, closers, port)
         try:
-            await server._serve(tenants)
+            await server._serve()
         except BaseException:
             await server.stop()
             raise
         return server
 
-    async def _serve(self, tenants: Tenants) -> None:
+    async def _serve(self) -> None:
         settings = self._settings
         directory = None
         if settings.redis.directory_url:
@@ -112,8 +146,9 @@ class NodeServer:
             self._closers.append(directory.close)
         servicer = Servicer(
             self.node,
-            tenants,
+            self.calls,
             max_message_bytes=settings.server.max_message_bytes,
+            scrub_bytes_per_s=settings.disk.scrub_bytes_per_s,
             directory=directory,
         )
         kvstore_pb2_grpc.add_KVStoreServicer_to_server(servicer, self._grpc)
@@ -143,13 +178,26 @@ class NodeServer:
         self._closers.append(stop)
 
     async def stop(self) -> None:
-        """Drains: takes nothing new, lets calls finish, flushes memory, closes everything."""
-        grace_s = self._settings.server.drain_timeout_s
+        """Drains: takes nothing new, lets calls finish, flushes memory, closes everything.
+
+        All within `server.drain_timeout_s`: calls get two fifths of it to finish, and what is left
+        of them UNAVAILABLE; what the flush has not written when nine tenths are over is lost.
+        """
+        loop = asyncio.get_running_loop()
+        started_s, grace_s = loop.time(), self._settings.server.drain_timeout_s
         await self._health.enter_graceful_shutdown()
         self.node.draining = True
+        self.calls.drain()
         self.node.events.publish(Draining())
-        await self._grpc.stop(grace_s / 2)
-        await self.node.close(flush_timeout_s=grace_s / 2)
+        stopping = asyncio.create_task(self._grpc.stop(grace_s))
+        if not await self.calls.finished(0.4 * grace_s):
+            self.calls.end()
+            await self.calls.finished(0.1 * grace_s)
+        # What the last calls answered is on its way; who watches the health would stay for good.
+        await asyncio.wait([stopping], timeout=min(LAST_WORDS_S, 0.1 * grace_s))
+        await self._grpc.stop(None)
+        await stopping
+        await self.node.close(flush_timeout_s=max(0.0, started_s + 0.9 * grace_s - loop.time()))
         for close in reversed(self._closers):
             pending = close()
             if pending is not None:
@@ -164,26 +212,31 @@ async def _slow_tiers(
     metrics: Metrics,
     events: Events,
     closers: list[Callable[[], Any]],
-) -> Tier | None:
-    """What lies below memory: Redis beside the disk, one of them, or nothing."""
-    redis = disk = None
+    guards: list[Guarded],
+    wrap: Callable[[Tier], Tier],
+) -> tuple[Tier | None, DiskTier | None]:
+    """What lies below memory: Redis beside the disk, one of them, or nothing. And the disk."""
+    redis: Guarded | None = None
+    disk: Guarded | None = None
+    tier = None
     if settings.redis.blocks_url:
-        redis = _guarded(
-            _redis_tier(settings.redis, runner, clock, metrics), settings.redis, clock, metrics
-        )
+        shared = _redis_tier(settings.redis, runner, clock, metrics)
+        redis = _guarded(wrap(shared), settings.redis, clock, metrics)
+        guards.append(redis)
     if settings.disk.enabled:
-        files = DirectoryFiles(settings.disk.path)
+        files = DirectoryFiles(settings.disk.path, direct=settings.disk.direct_io)
         closers.append(files.shut)
         tier = await _disk_tier(settings.disk, files, runner, clock, metrics, events)
-        disk = _guarded(tier, settings.disk, clock, metrics)
+        disk = _guarded(wrap(tier), settings.disk, clock, metrics)
+        guards.append(disk)
     if redis is not None and disk is not None:
-        return Beside(redis, disk)
-    return redis or disk
+        return Beside(redis, disk), tier
+    return redis or disk, tier
 
 
 def _guarded(
     tier: Tier, settings: RedisSettings | DiskSettings, clock: Clock, metrics: Metrics
-) -> Tier:
+) -> Guarded:
     return Guarded(
         Measured(tier, clock, metrics),
         lookup_timeout_s=settings.lookup_timeout_s,
@@ -215,7 +268,7 @@ async def _disk_tier(
     metrics: Metrics,
     events: Events,
 ) -> DiskTier:
-    return await DiskTier.open(
+    opening = DiskTier.open(
         files,
         CODECS[settings.codec](),
         runner,
@@ -226,18 +279,30 @@ async def _disk_tier(
         sync_after_s=settings.sync_after_s,
         on_sealed=lambda *sealed: events.publish(SegmentSealed(*sealed)),
     )
+    try:
+        return await opening
+    except OSError as error:
+        raise ConfigError(
+            f"disk.path: {settings.path} cannot be read: {error.strerror}; mend the device, or "
+            "start with disk.enabled = false"
+        ) from None
 
 
 def _redis(url: str, timeout_s: float) -> Redis:
     try:
-        return Redis.from_url(
+        # Who finds all connections busy waits for one, within his deadline: busy is not broken.
+        pool = BlockingConnectionPool.from_url(
             url,
+            max_connections=REDIS_CONNECTIONS,
+            timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            max_connections=REDIS_CONNECTIONS,
+            # Each connection that a restarted server has forgotten would fail once otherwise.
+            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
         )
     except ValueError as error:
         raise ConfigError(f"redis: {error}") from None
+    return Redis.from_pool(pool)
 
 
 def _tenants(settings: Settings) -> Tenants:
@@ -274,6 +339,24 @@ def _read_secret(path: Path) -> bytes:
             f"make one with: head -c {SECRET_BYTES} /dev/urandom"
         )
     return secret
+
+
+def _calls(settings: Settings, tenants: Tenants, clock: Clock, metrics: Metrics) -> Calls:
+    server = settings.server
+    limits = Limits(
+        calls=server.max_data_calls,
+        waiting_calls=server.waiting_calls,
+        wait_s=server.wait_s,
+        inflight_bytes=server.inflight_bytes,
+        client_bytes=server.inflight_bytes_per_client,
+    )
+    admission = Admission(limits, clock)
+    metrics.follow_admission(
+        lambda: (admission.calls, admission.inflight_bytes, admission.waiting_calls)
+    )
+    return Calls(
+        tenants, admission, max_deadline_s=server.max_deadline_s, clock=clock, metrics=metrics
+    )
 
 
 def _listen(server: grpc.aio.Server, listen: str) -> int:

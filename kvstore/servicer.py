@@ -1,13 +1,12 @@
 """The gRPC shell of a node: decode, authenticate, call the node, encode."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Any
-
-import grpc
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING
 
 import kvstore
-from kvstore.api.errors import STATUS, InvalidArgument, KvstoreError, TierError, Unavailable
+from kvstore.api.errors import InvalidArgument, KvstoreError, Unavailable
 from kvstore.api.keys import KEY_BYTES
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc
@@ -18,19 +17,22 @@ from kvstore.api.wire import (
     hint_from_wire,
     unpack_keys,
 )
+from kvstore.calls import Calls, Context
 from kvstore.events import Draining, Event, SegmentSealed
-from kvstore.node import Delivered, Matched, Node
-from kvstore.tenants import Tenant, Tenants
+from kvstore.node import Matched, Node
+from kvstore.reading import Delivered, window_bytes
+from kvstore.tenants import Tenant
 from kvstore.writing import Incoming
 
 if TYPE_CHECKING:
     from kvstore.directory import Directory
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
 MAX_SPACES = 64
 MAX_SCOPES = 16
 MAX_ID_BYTES = 32
+KEY_COST_BYTES = 256
+"""What one key of a request costs while it is worked on, as an object with its name and place."""
+HEAR_OUT_S = 1.0
 
 
 class Servicer(kvstore_pb2_grpc.KVStoreServicer):
@@ -39,118 +41,143 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
     def __init__(
         self,
         node: Node,
-        tenants: Tenants,
+        calls: Calls,
         *,
         max_message_bytes: int,
+        scrub_bytes_per_s: int,
         directory: "Directory | None" = None,
     ) -> None:
         self._node = node
-        self._tenants = tenants
+        self._calls = calls
         self._max_message_bytes = max_message_bytes
+        self._scrub_bytes_per_s = scrub_bytes_per_s
         self._directory = directory
         self._started_s = node.clock.monotonic_s()
 
     async def OpenSpace(self, request: pb.OpenSpaceRequest, context: Context) -> pb.OpenSpaceReply:
-        async with self._call("open_space", context):
+        async with self._calls.call("open_space", context):
             space_id = self._node.open_space(descriptor_from_wire(request.descriptor))
             reply = pb.OpenSpaceReply(space_id=space_id, max_message_bytes=self._max_message_bytes)
         return reply
 
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
-        async with self._call("match", context) as tenant:
+        async with self._calls.call("match", context) as call:
             _check_count("space_ids", len(request.space_ids), 1, MAX_SPACES)
             _check_count("scopes", len(request.scopes), 0, MAX_SCOPES)
             _check_count("request_id", len(request.request_id), 0, MAX_ID_BYTES)
             keys = unpack_keys(request.keys)
             _check_count("held_blocks", request.held_blocks, 0, len(keys))
-            matched = await self._node.match(
-                tenant,
-                [check_space_id(space_id) for space_id in request.space_ids],
-                keys,
-                request.scopes,
-                lease_s=request.lease_ms / 1000,
-                request_id=request.request_id,
-                held_blocks=request.held_blocks,
-                hint=hint_from_wire(request.hint) if request.HasField("hint") else None,
-            )
-            reply = self._match_reply(matched)
+            names = len(keys) * len(request.space_ids) * max(len(request.scopes), 1)
+            async with self._calls.admitted(call, KEY_COST_BYTES * names):
+                matched = await self._node.match(
+                    call.tenant,
+                    [check_space_id(space_id) for space_id in request.space_ids],
+                    keys,
+                    request.scopes,
+                    lease_s=request.lease_ms / 1000,
+                    request_id=request.request_id,
+                    held_blocks=request.held_blocks,
+                    hint=hint_from_wire(request.hint) if request.HasField("hint") else None,
+                    left_s=call.left_s,
+                )
+                reply = self._match_reply(matched)
         return reply
 
     async def Locate(self, request: pb.LocateRequest, context: Context) -> pb.LocateReply:
-        async with self._call("locate", context) as tenant:
-            refs = self._node.refs(
-                tenant, request.scope, check_space_id(request.space_id), unpack_keys(request.keys)
-            )
-            tiers = await self._node.tiers.locate(refs)
-            reply = pb.LocateReply(tiers=[tier or "" for tier in tiers])
+        async with self._calls.call("locate", context) as call:
+            space_id, keys = check_space_id(request.space_id), unpack_keys(request.keys)
+            async with self._calls.admitted(call, KEY_COST_BYTES * len(keys)):
+                refs = self._node.refs(call.tenant, request.scope, space_id, keys)
+                tiers = await self._node.tiers.locate(refs)
+                reply = pb.LocateReply(tiers=[tier or "" for tier in tiers])
         return reply
 
-    async def Read(self, request: pb.ReadRequest, context: Context) -> AsyncIterator[pb.ReadReply]:
-        async with self._call("read", context) as tenant:
-            _check_count("scopes", len(request.scopes), 0, MAX_SCOPES)
-            blocks = self._node.read(
-                tenant,
-                request.scopes,
-                check_space_id(request.space_id),
-                unpack_keys(request.keys),
-                request.lease_id,
-            )
-            async with aclosing(blocks):
-                async for reply in _read_replies(blocks):
-                    yield reply
+    # Read, Write and Watch write to their context instead of yielding, which gRPC takes as well:
+    # when a call is cancelled, only a coroutine learns of it at once. A generator that nobody
+    # reads any more would keep what it holds until it is collected.
 
-    async def Write(
+    async def Read(  # type: ignore[override]
+        self, request: pb.ReadRequest, context: Context
+    ) -> None:
+        async with self._calls.call("read", context) as call:
+            _check_count("scopes", len(request.scopes), 0, MAX_SCOPES)
+            space_id, keys = check_space_id(request.space_id), unpack_keys(request.keys)
+            async with self._calls.admitted(call, self._read_cost(space_id, len(keys))):
+                blocks = self._node.read(
+                    call.tenant,
+                    request.scopes,
+                    space_id,
+                    keys,
+                    request.lease_id,
+                    left_s=call.left_s,
+                )
+                async with aclosing(blocks), aclosing(_read_replies(blocks)) as replies:
+                    async for reply in replies:
+                        await context.write(reply)
+
+    async def Write(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.WriteRequest], context: Context
-    ) -> AsyncIterator[pb.WriteReply]:
-        async with self._call("write", context) as tenant:
+    ) -> None:
+        async with self._calls.call("write", context) as call:
             first = await anext(request_iterator, None)
             if first is None or not first.HasField("begin"):
+                await _hear_out(request_iterator)
                 raise InvalidArgument("begin: the first message of a write must carry it")
-            incoming = await self._begin_write(tenant, first.begin)
-            try:
-                yield pb.WriteReply(offer=pb.WriteOffer(wanted=incoming.wanted))
-                await _take(incoming, first.pieces)
-                async for message in request_iterator:
-                    if message.HasField("begin"):
-                        raise InvalidArgument("begin: only the first message of a write has it")
-                    await _take(incoming, message.pieces)
-                incoming.finish()
-                yield pb.WriteReply(done=pb.WriteDone(held=incoming.held))
-            finally:
-                incoming.close()
+            cost = self._write_cost(check_space_id(first.begin.space_id), first.begin)
+            async with self._calls.admitted(call, cost):
+                incoming = await self._begin_write(call.tenant, first.begin)
+                try:
+                    await context.write(pb.WriteReply(offer=pb.WriteOffer(wanted=incoming.wanted)))
+                    await _take(incoming, first.pieces)
+                    async for message in request_iterator:
+                        if message.HasField("begin"):
+                            raise InvalidArgument("begin: only the first message of a write has it")
+                        await _take(incoming, message.pieces)
+                    incoming.finish()
+                    await context.write(pb.WriteReply(done=pb.WriteDone(held=incoming.held)))
+                except KvstoreError:
+                    incoming.close()
+                    await _hear_out(request_iterator)
+                    raise
+                finally:
+                    incoming.close()
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseReply:
-        async with self._call("release", context) as tenant:
-            self._node.release(tenant, request.lease_id)
+        async with self._calls.call("release", context) as call:
+            self._node.release(call.tenant, request.lease_id)
             reply = pb.ReleaseReply()
         return reply
 
     async def Hint(self, request: pb.HintRequest, context: Context) -> pb.HintReply:
-        async with self._call("hint", context) as tenant:
+        async with self._calls.call("hint", context) as call:
             space_id, keys = check_space_id(request.space_id), unpack_keys(request.keys)
-            self._node.hint(tenant, request.scope, space_id, keys, hint_from_wire(request.hint))
-            reply = pb.HintReply()
+            hint = hint_from_wire(request.hint)
+            async with self._calls.admitted(call, KEY_COST_BYTES * len(keys)):
+                self._node.hint(call.tenant, request.scope, space_id, keys, hint)
+                reply = pb.HintReply()
         return reply
 
     async def Discard(self, request: pb.DiscardRequest, context: Context) -> pb.DiscardReply:
-        async with self._call("discard", context) as tenant:
-            refs = self._node.refs(
-                tenant, request.scope, check_space_id(request.space_id), unpack_keys(request.keys)
-            )
-            reply = pb.DiscardReply(discarded_blocks=await self._node.tiers.discard(refs))
+        async with self._calls.call("discard", context) as call:
+            space_id, keys = check_space_id(request.space_id), unpack_keys(request.keys)
+            async with self._calls.admitted(call, KEY_COST_BYTES * len(keys)):
+                refs = self._node.refs(call.tenant, request.scope, space_id, keys)
+                discarded = await self._node.tiers.discard(refs)
+                reply = pb.DiscardReply(discarded_blocks=discarded)
         return reply
 
     async def ClearSpace(
         self, request: pb.ClearSpaceRequest, context: Context
     ) -> pb.ClearSpaceReply:
-        async with self._call("clear_space", context) as tenant:
+        async with self._calls.call("clear_space", context) as call:
             space_id = check_space_id(request.space_id)
-            cleared = await self._node.clear_space(tenant, request.scope, space_id)
-            reply = pb.ClearSpaceReply(cleared_blocks=cleared)
+            async with self._calls.admitted(call, KEY_COST_BYTES):
+                cleared = await self._node.clear_space(call.tenant, request.scope, space_id)
+                reply = pb.ClearSpaceReply(cleared_blocks=cleared)
         return reply
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
-        async with self._call("status", context):
+        async with self._calls.call("status", context):
             nodes = await self._directory.nodes() if self._directory is not None else []
             reply = pb.StatusReply(
                 version=kvstore.__version__,
@@ -175,41 +202,47 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
             )
         return reply
 
-    async def Watch(
+    async def Watch(  # type: ignore[override]
         self, request: pb.WatchRequest, context: Context
-    ) -> AsyncIterator[pb.WatchReply]:
-        async with self._call("watch", context):
+    ) -> None:
+        async with self._calls.call("watch", context, endless=True):
             with self._node.events.watch() as events:
                 # Tells the caller that from now on nothing is missed.
                 await context.send_initial_metadata(())
                 event: Event | None = None
                 while not isinstance(event, Draining):
                     event = await events.get()
-                    yield _event_reply(event)
+                    await context.write(_event_reply(event))
 
-    @asynccontextmanager
-    async def _call(self, op: str, context: Context) -> AsyncIterator[Tenant]:
-        """Authenticates the caller, maps errors to statuses, counts and times."""
-        started_s = self._node.clock.monotonic_s()
-        status = grpc.StatusCode.CANCELLED
-        try:
-            if self._node.draining:
-                raise Unavailable("this node is draining")
-            metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
-            authorization = metadata.get("authorization")
-            yield self._tenants.authenticate(None if authorization is None else str(authorization))
-            status = grpc.StatusCode.OK
-        except TierError as error:
-            status = grpc.StatusCode.UNAVAILABLE
-            await context.abort(status, str(error))
-        except KvstoreError as error:
-            status = STATUS[type(error)]
-            await context.abort(status, str(error))
-        finally:
-            metrics = self._node.metrics
-            metrics.requests.labels(op, status.name.lower()).inc()
-            seconds = self._node.clock.monotonic_s() - started_s
-            metrics.request_seconds.labels(op).observe(seconds)
+    async def Scrub(  # type: ignore[override]
+        self, request: pb.ScrubRequest, context: Context
+    ) -> None:
+        async with self._calls.call("scrub", context, endless=True):
+            rate = min(request.bytes_per_s or self._scrub_bytes_per_s, self._scrub_bytes_per_s)
+            async with aclosing(self._node.scrub(rate)) as reports:
+                async for report in reports:
+                    if self._node.draining:
+                        raise Unavailable("this node is draining")
+                    reply = pb.ScrubReply(
+                        checked_blocks=report.blocks,
+                        checked_bytes=report.size_bytes,
+                        damaged_blocks=report.damaged,
+                        total_blocks=report.total,
+                    )
+                    await context.write(reply)
+
+    def _read_cost(self, space_id: bytes, keys: int) -> int:
+        """A window of blocks, and the messages into which they are copied."""
+        block_bytes = self._node.space(space_id).block_bytes
+        data_bytes = min(keys * block_bytes, window_bytes(block_bytes))
+        return data_bytes + 2 * min(data_bytes, PIECE_BYTES) + KEY_COST_BYTES * keys
+
+    def _write_cost(self, space_id: bytes, begin: pb.WriteBegin) -> int:
+        """The block that is being filled, and the message that brings it."""
+        keys = len(begin.keys) // KEY_BYTES
+        block_bytes = self._node.space(space_id).block_bytes
+        message_bytes = min(keys * block_bytes, self._max_message_bytes)
+        return block_bytes + message_bytes + KEY_COST_BYTES * keys
 
     async def _begin_write(self, tenant: Tenant, begin: pb.WriteBegin) -> Incoming:
         if len(begin.parent_key) not in (0, KEY_BYTES):
@@ -244,7 +277,18 @@ async def _take(incoming: Incoming, pieces: Sequence[pb.Piece]) -> None:
         incoming.add(piece.block, piece.data)
 
 
-async def _read_replies(blocks: AsyncIterator[Delivered]) -> AsyncIterator[pb.ReadReply]:
+async def _hear_out(requests: AsyncIterator[pb.WriteRequest]) -> None:
+    """Lets the caller finish what he is saying, so that he hears why it is refused.
+
+    To who is in the middle of a message gRPC shows INTERNAL, and not the status.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(HEAR_OUT_S):
+            async for _ in requests:
+                pass
+
+
+async def _read_replies(blocks: AsyncIterator[Delivered]) -> AsyncGenerator[pb.ReadReply, None]:
     """Packs blocks into messages of about `PIECE_BYTES`: small ones together, large ones cut."""
     reply, size = pb.ReadReply(), 0
     async for block in blocks:

@@ -1,11 +1,10 @@
 """The receiving end of a write: pieces become whole, verified blocks in memory, or nothing."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.api.digest import DIGEST_BYTES, block_digest
 from kvstore.api.errors import InvalidArgument
-from kvstore.api.hint import ReuseHint
 from kvstore.api.tier import BlockRef
 from kvstore.metrics import Metrics
 from kvstore.tiers.memory import Slot
@@ -30,7 +29,8 @@ class Incoming:
         *,
         parents: Sequence[BlockRef | None],
         wanted: Sequence[bool],
-        hint: ReuseHint | None,
+        rooted: bool,
+        advise: Callable[[], None],
     ) -> None:
         self._tiers = tiers
         self._metrics = metrics
@@ -38,18 +38,24 @@ class Incoming:
         self._block_bytes = block_bytes
         self._refs = refs
         self._parents = parents
-        self._hint = hint
+        self._rooted = rooted
+        self._advise = advise
         self._held = [not want for want in wanted]
         self._current: int | None = None
         self._next = 0
         self._slot: Slot | None = None
+        self._parent: Slot | None = None
+        """The block above the one that is being written, pinned so that it does not leave."""
         self._digest = b""
         self._filled_bytes = 0
 
     @property
     def wanted(self) -> list[int]:
-        """The blocks that the node does not have, as indexes into the run."""
-        return [index for index, held in enumerate(self._held) if not held]
+        """The blocks that the node does not have and can use, as indexes into the run.
+
+        Without the block above the run nobody could ever match them.
+        """
+        return [index for index, held in enumerate(self._held) if not held and self._rooted]
 
     @property
     def held(self) -> list[int]:
@@ -68,7 +74,8 @@ class Incoming:
         if len(digest) != DIGEST_BYTES:
             raise InvalidArgument(f"pieces.header.digest: {DIGEST_BYTES} bytes are needed")
         self._current, self._digest, self._filled_bytes = index, digest, 0
-        self._slot = await self._tiers.reserve(self._refs[index], size)
+        if await self._hold_parent(self._parents[index]):
+            self._slot = await self._tiers.reserve(self._refs[index], size)
 
     def add(self, index: int, data: bytes) -> None:
         """The next bytes of the block that was begun; its last ones complete it."""
@@ -86,22 +93,43 @@ class Incoming:
     def finish(self) -> None:
         """No more pieces come. Raises InvalidArgument if a block is half written."""
         self._check_complete()
-        self._tiers.memory.touch(self._refs, self._hint)
+        self._advise()
 
     def close(self) -> None:
         """Gives back the slot of a block that was never completed."""
         if self._slot is not None:
             self._tiers.memory.abort(self._slot)
             self._slot = None
+        if self._parent is not None:
+            self._tiers.memory.unpin(self._parent)
+            self._parent = None
+
+    async def _hold_parent(self, parent: BlockRef | None) -> bool:
+        """Whether the block above is here; in memory it then stays until its child has come."""
+        if self._parent is not None:
+            self._tiers.memory.unpin(self._parent)
+            self._parent = None
+        if parent is None:
+            return True
+        slot = self._tiers.memory.find(parent)
+        if slot is None:
+            [place] = await self._tiers.locate([parent])
+            return place is not None
+        self._parent = self._tiers.memory.pin(slot)
+        return True
 
     def _complete(self, index: int) -> None:
         slot, self._slot, self._current, self._next = self._slot, None, None, index + 1
         if slot is None:
-            return  # Memory had no room; the block passed by.
+            return  # Memory had no room, or the parent is gone; the block passed by.
         ref = self._refs[index]
         if block_digest(self._space_id, ref.key, slot.view) != self._digest:
             self._metrics.corrupt.labels("stream").inc()
             _log.warning("a block arrived damaged and was not stored")
+            self._tiers.memory.abort(slot)
+            return
+        if self._parent is not None and not self._parent.indexed:
+            # It was discarded while its child came: without it the child would be of no use.
             self._tiers.memory.abort(slot)
             return
         self._tiers.memory.commit(slot, self._parents[index], self._digest)

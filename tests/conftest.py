@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 NODE_NEEDS = ("numcodecs", "prometheus_client", "pydantic", "redis", "grpc_health")
 NODE_TESTS = (
     "tier_contract", "keys", "wire", "record", "slabs", "memory", "policy", "disk", "redis_tier",
-    "tiered", "node", "grpc", "config", "tenants", "serve_process",
+    "tiered", "lending", "admission", "guarded", "node", "grpc", "config", "tenants",
+    "serve_process", "proofs_service", "simulator", "policy_order", "policy_proofs",
+    "replay_command", "replay_files", "replay_optimum", "plan",
 )  # fmt: skip
 if any(importlib.util.find_spec(name) is None for name in NODE_NEEDS):
     collect_ignore = [f"test_{name}.py" for name in NODE_TESTS]

@@ -211,6 +211,10 @@ class ScriptedNode(pb_grpc.KVStoreServicer):
         while (event := await self.events.get()) is not None:
             yield event
 
+    async def Scrub(self, request: pb.ScrubRequest, context: Any) -> AsyncIterator[pb.ScrubReply]:
+        self._note("Scrub", request, context)
+        yield pb.ScrubReply()
+
 
 class Health(grpc.GenericRpcHandler):
     """The standard health service, with an answer that tests choose."""

@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.api.clock import SystemClock
 from kvstore.api.errors import (
+    KvstoreError,
     Unavailable,
     UnknownSpace,
 )
@@ -189,6 +190,27 @@ async def test_a_budget_ends_what_is_no_call(unused_endpoint: str) -> None:
             await caller.strictly(asyncio.Event().wait, Deadline(SystemClock(), SHORT_S))
     assert caller.losses.counters == {"match_late": 1}
     await caller.channel.close()
+
+
+async def test_a_cancellation_that_is_swallowed_is_one_all_the_same(unused_endpoint: str) -> None:
+    """gRPC loses the one that meets the end of a call that is being set up."""
+    waiting = asyncio.Event()
+
+    async def attempt() -> None:
+        waiting.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise KvstoreError("the call ended, as far as gRPC knows") from None
+
+    async with open_channel(unused_endpoint) as channel:
+        clock = SystemClock()
+        caller = Caller(channel, None, clock)
+        call = asyncio.create_task(caller.quietly("store", attempt, Deadline(clock, 60)))
+        await waiting.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
 
 async def test_a_node_that_dies_during_a_load_leaves_what_arrived(node: ScriptedNode) -> None:

@@ -5,18 +5,20 @@ import contextlib
 import errno
 import os
 import random
+import struct
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from kvstore.api.errors import ConfigError, TierError
 from kvstore.api.tier import Block, BlockRef, Load
-from kvstore.files import DirectoryFiles
+from kvstore.files import PAGE_BYTES, DirectoryFiles
 from kvstore.names import block_name
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_index import Entry
-from kvstore.tiers.segment import PAGE_BYTES, file_name
+from kvstore.tiers.segment import file_name, segment_ids
 from tests.sim.blocks import block_of, chain_of, load_all, namespace_of, present
 from tests.sim.clock import settle
 from tests.sim.files import FailAlways, FailNth, SimulatedFiles
@@ -175,29 +177,38 @@ async def test_a_scribbled_tail_is_cut(rig: Rig, rng: random.Random) -> None:
         await close(rig, files, tier)
 
 
-async def test_a_damaged_first_page_costs_its_segment_alone(rig: Rig, rng: random.Random) -> None:
-    """Its blocks are gone, and their descendants elsewhere; all others are there."""
+async def test_a_damaged_first_page_costs_nothing(rig: Rig, rng: random.Random) -> None:
+    """Records speak for themselves; and what was forgotten in a segment stays forgotten."""
     original = SimulatedFiles()
     tier = await small(rig, original)
     chains = [chain(word, 6) for word in "abc"]
     for blocks in chains:
         await tier.store(blocks)
     all_blocks = [block for blocks in chains for block in blocks]
-    assert await present(tier, all_blocks) == [True] * 18
+    await tier.discard([block.ref for block in chains[0][3:]])
     await close(rig, original, tier)
-    lost = 0
     for name in original.names():
         files = original.copy()
-        for _ in range(3):
-            files.flip(name, rng.randrange(36 * 8))
+        for bit in (rng.randrange(36 * 8), 8 * 628, rng.randrange(8 * PAGE_BYTES)):
+            files.flip(name, bit)
         tier = await small(rig, files)
-        held = await present(tier, all_blocks)
-        lost += held.count(False)
-        for start in range(0, 18, 6):
-            assert held[start : start + 6] == sorted(held[start : start + 6], reverse=True)
-        assert await tier.store(all_blocks) == [True] * 18
+        assert await present(tier, all_blocks) == [True] * 3 + [False] * 3 + [True] * 12
         await close(rig, files, tier)
-    assert 18 <= lost < 18 * len(original.names())
+
+
+async def test_a_segment_of_another_version_is_deleted(rig: Rig) -> None:
+    """An older node does not guess at what a newer one wrote."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    await tier.store(chain())
+    await close(rig, files, tier)
+    body = struct.pack("<8sIQ", b"KVSTSEG1", 2, 1)
+    page = body + xxhash.xxh3_128_digest(body)
+    files.content(file_name(1))[: len(page)] = page
+    tier = await rig.disk(files)
+    assert await present(tier, chain()) == [False] * 10
+    assert files.names() == []
+    await close(rig, files, tier)
 
 
 async def test_a_damaged_footer_is_replaced_by_scanning(rig: Rig, rng: random.Random) -> None:
@@ -218,7 +229,7 @@ async def test_a_damaged_footer_is_replaced_by_scanning(rig: Rig, rng: random.Ra
         files.flip(name, 8 * start + bit)
         files.done.clear()
         tier = await rig.disk(files)
-        assert files.done["read"] > 16, "the footer was believed"
+        assert files.done["read"] > 8, "the footer was believed"
         assert await present(tier, blocks) == [True] * 8
         await close(rig, files, tier)
 
@@ -237,7 +248,8 @@ async def test_a_segment_that_cannot_be_read_does_not_stop_the_start(rig: Rig) -
         tier = await small(rig, files)
         here = [await present(tier, blocks) for blocks in chains]
         assert files.injected["read"] > 0
-        assert any(all(row) for row in here)
+        # What the newest one forgot nobody knows: then nothing is believed.
+        assert any(all(row) for row in here) == (name != max(original.names()))
         assert not all(all(row) for row in here)
         await serves(tier, "after", 12)
         assert files.peak_bytes <= SMALL_CAPACITY
@@ -440,8 +452,10 @@ async def test_random_histories_follow_the_model(rig: Rig, rng: random.Random, c
         what = rng.choices(list(seen), weights)[0]
         seen[what] += 1
         if what == "store":
-            held = await tier.store(blocks[: rng.randint(1, 6)])
-            forgotten -= {b.ref for b, kept in zip(blocks, held, strict=False) if kept}
+            offered = blocks[: rng.randint(1, 6)]
+            await tier.store(offered)
+            # Also what was written and left with its parent again, before the call was over.
+            forgotten -= set(refs_of(offered))
         elif what == "load":
             here = await present(tier, blocks)
             assert here == sorted(here, reverse=True), "a hole in a chain"
@@ -608,13 +622,14 @@ async def script(tier: DiskTier, rng: random.Random) -> tuple[set[BlockRef], set
     return forgotten, perhaps
 
 
-TINY_CAPACITY = 5 << 15
+TINY_SEGMENT = 1 << 15
+TINY_CAPACITY = 5 * TINY_SEGMENT
 CHANGES = ["open", "write", "truncate", "sync", "remove"]
 
 
 async def tiny(rig: Rig, files: SimulatedFiles) -> DiskTier:
     """A tier whose segments take two or three blocks."""
-    return await rig.disk(files, capacity_bytes=TINY_CAPACITY, segment_bytes=1 << 15)
+    return await rig.disk(files, capacity_bytes=TINY_CAPACITY, segment_bytes=TINY_SEGMENT)
 
 
 async def operations_of_script(rig: Rig, seed: str, operations: Sequence[str]) -> int:
@@ -656,7 +671,7 @@ async def test_an_error_anywhere_leaves_the_tier_working(rig: Rig, rng: random.R
         assert len(files.names()) == files.open_handles == tier._segments.count
         kill(rig, files, tier)
         tier = await tiny(rig, files)
-        await load_all(tier, everything())
+        await load_all(tier, of_their_length(tier, everything()))
         await serves(tier, "restarted", 2)
         await close(rig, files, tier)
 
@@ -721,16 +736,42 @@ async def test_a_sector_that_cannot_be_read_does_not_stop_the_log(rig: Rig) -> N
     await serves(tier, "after", 12)
 
 
-def promised_names(tier: DiskTier, safe: set[Entry]) -> list[bytes]:
-    """The blocks that were said to be safe, like all their ancestors, and have not left since."""
+Safe = dict[Entry, set[int]]
+"""What was said to be on the device, with the segments in which it lay then."""
 
-    def is_promised(name: bytes) -> bool:
+
+def promises(tier: DiskTier, safe: Safe) -> dict[bytes, set[int]]:
+    """The blocks that were said to be safe, like all their ancestors, and have not left since.
+
+    With the segments on which that rests.
+    """
+    promised: dict[bytes, set[int]] = {}
+    for name in tier._index._entries:
+        rests_on: set[int] = set()
         entry = tier._index.find(name)
-        assert entry is not None
-        parent = entry.header.parent
-        return entry in safe and (parent is None or is_promised(parent))
+        while entry is not None and entry in safe:
+            rests_on |= safe[entry] | {entry.segment_id}
+            if entry.above is None:
+                promised[name] = rests_on
+                break
+            entry = entry.above
+    return promised
 
-    return [name for name in tier._index._entries if is_promised(name)]
+
+def note_safe(tier: DiskTier, safe: Safe) -> None:
+    """The tier has just said that all it has is on the device."""
+    for entry in tier._index._entries.values():
+        safe.setdefault(entry, set()).add(entry.segment_id)
+
+
+def of_their_length(tier: DiskTier, blocks: list[Block]) -> list[Block]:
+    """The blocks without those that the tier has under the same name in another length."""
+    entries = [tier._index.find(block_name(block.ref)) for block in blocks]
+    return [
+        block
+        for block, entry in zip(blocks, entries, strict=True)
+        if entry is None or entry.block_bytes == len(block.data)
+    ]
 
 
 class PowerCut:
@@ -751,46 +792,38 @@ class PowerCut:
 async def test_a_crash_of_the_machine_anywhere_is_survived(rig: Rig, rng: random.Random) -> None:
     """Power fails at every operation in turn: afterwards no wrong byte, and chains are closed.
 
-    What was said to be on the device, and was not forgotten, is there. What was forgotten is not.
+    What was forgotten stays so. What was said to be on the device is there, unless its segment
+    had to go to make room for the start.
     """
-    promised = 0
-    for _ in range(6):  # A script may forget all that it stores; then another one is written.
-        promised += await crash_at_every_operation(rig, rng)
-        if promised > 20:
-            return
-    pytest.fail("the test promises itself nothing")
-
-
-async def crash_at_every_operation(rig: Rig, rng: random.Random) -> int:
-    """How many blocks had to survive, over all crashes of one random script."""
     seed = str(rng.random())
     total = await operations_of_script(rig, seed, CHANGES)
-    survivors = 0
+    kept = 0
     for number in range(1, total + 1):
         files = SimulatedFiles()
         tier = await tiny(rig, files)
-        safe: set[Entry] = set()
-        rig.when_sealed = lambda tier=tier, safe=safe: safe.update(  # type: ignore[misc]
-            tier._index._entries.values()
-        )
+        safe: Safe = {}
+        rig.when_sealed = lambda tier=tier, safe=safe: note_safe(tier, safe)  # type: ignore[misc]
         files.fault = PowerCut(files, number)
         forgotten, perhaps = await script(tier, random.Random(seed))
+        rig.when_sealed = lambda: None
         excused = {block_name(ref) for ref in perhaps}
-        promised = [name for name in promised_names(tier, safe) if name not in excused]
+        promised = promises(tier, safe)
         rig.gone(tier)
         files.crash(rng)
+        before, full = set(files.names()), files.total_bytes + TINY_SEGMENT > TINY_CAPACITY
         tier = await tiny(rig, files)
         tier.check()
-        await load_all(tier, everything())
+        await load_all(tier, of_their_length(tier, everything()))
         assert not any(await tier.locate(sorted(forgotten))), f"operation {number}: resurrected"
-        missing = [name for name in promised if tier._index.find(name) is None]
-        assert not missing, f"operation {number}: {len(missing)} safe blocks are gone"
-        survivors += len(promised)
-        rig.when_sealed = lambda: None
+        dropped = set(segment_ids(list(before - set(files.names())))) if full else set()
+        for name, rests_on in promised.items():
+            if name not in excused and not rests_on & dropped:
+                assert tier._index.find(name) is not None, f"operation {number}: a block is gone"
+                kept += 1
         await serves(tier, f"after {number}", 3)
         assert files.peak_bytes <= TINY_CAPACITY
         await close(rig, files, tier)
-    return survivors
+    assert kept > 20, "the test promises itself nothing"
 
 
 # Sealing.
@@ -845,19 +878,23 @@ async def test_an_idle_tier_seals_nothing(rig: Rig) -> None:
     assert files.done["sync"] == 1
 
 
-async def test_a_failed_seal_is_tried_again(rig: Rig) -> None:
-    """A device that could not sync is not believed; the next period seals."""
+async def test_what_a_failed_sync_was_to_make_safe_is_never_said_to_be(rig: Rig) -> None:
+    """The kernel may have given those pages up, and succeeds the next time for want of them.
+
+    They are served as long as they are there; what comes later is announced as ever.
+    """
     files = SimulatedFiles()
     tier = await rig.disk(files)
-    blocks = chain()
+    blocks, later = chain(), chain("later", 3)
     await tier.store(blocks)
     files.fault = FailNth(1, errno.EIO, ["sync"])
     await rig.clock.advance(SYNC_AFTER_S)
     assert (files.injected["sync"], rig.sealed) == (1, [])
+    await tier.store(later)
     await rig.clock.advance(SYNC_AFTER_S)
-    assert [count for _, count, _ in rig.sealed] == [10]
+    assert [count for _, count, _ in rig.sealed] == [3]
     kill(rig, files, tier)
-    assert await present(await rig.disk(files), blocks) == [True] * 10
+    assert await present(await rig.disk(files), [*blocks, *later]) == [True] * 13
 
 
 # Callers that give up.
@@ -884,7 +921,7 @@ async def test_a_store_that_is_cancelled_while_it_waits_spoils_nothing(rig: Rig)
     )
     early = chain("early", 2)
     await tier.store(early)
-    for steps in range(4):
+    for steps in range(9):
         runner.held = True
         blocks, source = movable(chain(f"late {steps}", 4))
         late = asyncio.create_task(tier.store(blocks))
@@ -899,7 +936,7 @@ async def test_a_store_that_is_cancelled_while_it_waits_spoils_nothing(rig: Rig)
         others = [asyncio.create_task(tier.store(chain(f"{steps} {n}", 4))) for n in range(2)]
         await settle()
         await runner.release()
-        assert waiting == 1
+        assert waiting, "it was over already"
         assert await asyncio.gather(*others) == [[True] * 4] * 2
         assert late.cancelled()
         arrived = await present(tier, chain(f"late {steps}", 4))

@@ -446,7 +446,9 @@ def test_a_shared_scope_is_where_blocks_go_and_come_from(start: Start, store: St
 
 def test_a_hint_reaches_the_store(start: Start, store: StoreTwin) -> None:
     hint = ReuseHint(b"session", Reuse.INTERACTIVE, 5000)
-    one(start(store), tokens(100), hint=hint)
+    worker = start(store)
+    one(worker, tokens(100), hint=hint)
+    assert worker.flush_spills(30.0)
     assert [call[2] for call in store.stores] == [hint]
 
 

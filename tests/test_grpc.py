@@ -20,12 +20,13 @@ from kvstore.api.tier import BlockRef
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1.kvstore_pb2_grpc import KVStoreStub
 from kvstore.api.wire import MAX_KEYS, MESSAGE_BYTES, descriptor_to_wire, pack_keys
+from kvstore.files import PAGE_BYTES
 from kvstore.names import block_name, namespace
-from kvstore.server import SERVICE, NodeServer
+from kvstore.server import REDIS_CONNECTIONS, SERVICE, NodeServer
 from kvstore.tenants import LOCAL_TENANT, token_hash
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.guarded import OPEN_S
-from kvstore.tiers.segment import PAGE_BYTES, file_name
+from kvstore.tiers.segment import file_name
 from kvstore_client import AsyncClient, Space
 from kvstore_workers.redis_server import RedisServer
 from tests.sim.blocks import keys_of
@@ -220,7 +221,7 @@ def flip_on_disk(server: NodeServer, home: Path, space: Space, key: bytes) -> No
     assert entry is not None
     path = home / "blocks" / file_name(entry.segment_id)
     with path.open("r+b") as file:
-        file.seek(entry.offset + PAGE_BYTES + entry.header.stored_bytes // 2)
+        file.seek(entry.offset + PAGE_BYTES + entry.stored_bytes // 2)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 0x10]))
@@ -292,16 +293,16 @@ async def test_what_redis_has_damaged_the_disk_delivers(nodes: Nodes, redis_url:
 async def test_a_block_that_arrives_damaged_is_not_stored(
     server: NodeServer, stub: "KVStoreAsyncStub"
 ) -> None:
-    """Its digest is checked before it can be found; the blocks around it are stored."""
+    """Its digest is checked before it can be found; what stands before it is stored."""
     keys = keys_of("chain", 3)
     pieces = [piece_of(index, key) for index, key in enumerate(keys)]
     spoilt = bytearray(pieces[1].data)
     spoilt[100] ^= 1
     pieces[1].data = bytes(spoilt)
     replies = await writing(stub, requests_of(keys, pieces))
-    assert list(replies[-1].done.held) == [0, 2]
+    assert list(replies[-1].done.held) == [0], "a block was kept without its parent"
     assert counter(server, "corrupt", tier="stream") == 1
-    assert await locate(stub, keys) == ["memory", "", "memory"]
+    assert await locate(stub, keys) == ["memory", "", ""]
     assert_idle(server.node.tiers.memory)
 
 
@@ -324,7 +325,9 @@ async def test_redis_may_stop_in_the_middle_of_a_run(
     assert await store(client, space, late) == [True] * BLOCKS
     for keys in (early, late):
         assert (await client.match([space], keys, lease_ms=0)).blocks == BLOCKS
-        assert set(await load(client, space, keys)) <= {"memory", "disk"}
+        tiers = await load(client, space, keys)
+        assert set(tiers) <= {"memory", "disk", "redis"}, "what Redis had lent is still lent"
+        assert tiers.count("redis") <= SMALL_MEMORY["capacity_bytes"] // 16 // space.block_bytes
     assert counter(server, "tier_errors", tier="redis", cause="error") >= 3
     serving = {tier.name: tier.serving for tier in (await client.status()).tiers}
     assert serving == {"memory": True, "redis": False, "disk": True}
@@ -333,6 +336,35 @@ async def test_redis_may_stop_in_the_middle_of_a_run(
     assert (await client.match([space], early, lease_ms=0)).blocks == BLOCKS
     assert {tier.name: tier.serving for tier in (await client.status()).tiers}["redis"]
     assert dict(client.counters) == {}
+
+
+async def test_a_busy_redis_is_not_a_broken_one(nodes: Nodes, private_redis: RedisServer) -> None:
+    """More callers at once than there are connections: all of them are served, none is an error."""
+    options: dict[str, Any] = {
+        "memory": SMALL_MEMORY,
+        "redis": {"blocks_url": private_redis.url},
+        "disk": {"enabled": False},
+    }
+    server = await nodes.start(**options)
+    client, space = await opened(nodes, server)
+    keys = keys_of("chain", 4 * REDIS_CONNECTIONS)
+    await store(client, space, keys)
+    await nodes.stop(server)
+    server = await nodes.start(**options)
+    client, space = await opened(nodes, server)
+    private_redis.freeze()
+    callers = [asyncio.create_task(load(client, space, [key])) for key in keys]
+    async with asyncio.timeout(60):
+        while server.calls.admission.calls < len(keys):
+            await settle()
+    private_redis.thaw()
+    assert await asyncio.gather(*callers) == [["redis"]] * len(keys)
+    private_redis.kill()
+    private_redis.start()
+    absent = [asyncio.create_task(load(client, space, [key])) for key in keys_of("absent", 32)]
+    assert await asyncio.gather(*absent) == [[None]] * 32
+    for cause in ("error", "late", "open", "full"):
+        assert counter(server, "tier_errors", tier="redis", cause=cause) == 0
 
 
 async def test_oblivion_that_could_not_be_had_is_an_error(
@@ -642,7 +674,7 @@ async def test_other_limits_of_requests(server: NodeServer, stub: "KVStoreAsyncS
 
 async def test_calls_beyond_the_limit_are_shed(nodes: Nodes) -> None:
     """A node that is busy says so at once, and serves again when a call has ended."""
-    server = await nodes.start(server={"max_concurrent_calls": 2})
+    server = await nodes.start(server={"max_concurrent_calls": 2, "max_data_calls": 1})
     client = nodes.connect(server)
     watchers = [await client.watch() for _ in range(2)]
     async with raw_channel(server) as channel:
@@ -686,6 +718,7 @@ async def test_who_brings_no_token_gets_nothing(nodes: Nodes, tmp_path: Path) ->
             lambda who: stub.ClearSpace(pb.ClearSpaceRequest(space_id=space), metadata=who),
             lambda who: stub.Status(pb.StatusRequest(), metadata=who),
             lambda who: stub.Watch(pb.WatchRequest(), metadata=who).read(),
+            lambda who: stub.Scrub(pb.ScrubRequest(), metadata=who).read(),
         ]
         assert len(calls) == len(pb.DESCRIPTOR.services_by_name["KVStore"].methods)
         for call in calls:
@@ -722,7 +755,7 @@ async def test_tenants_never_meet(nodes: Nodes, tmp_path: Path, redis_url: str) 
     tags = {key.split(b":")[2] for key in redis_keys(redis_url)}
     assert len(tags) == 2
     index = leaf(server.node.tiers, DiskTier)._index
-    assert {entry.header.tag.hex().encode() for entry in index._entries.values()} == tags
+    assert {entry.tag.hex().encode() for entry in index._entries.values()} == tags
     assert await rival.clear_space(space) > 0
     assert (await rival.match([space], keys)).blocks == 0
     assert all(await load(acme, space, keys))
@@ -769,9 +802,9 @@ async def test_scopes_are_apart_and_searched_in_order(nodes: Nodes, server: Node
         match = await client.match([space], keys, scopes=scopes, lease_ms=0)
         assert match.blocks == blocks, scopes
     assert await load(client, space, keys, scopes=["team", ""]) == ["memory"] * 6
-    assert await client.clear_space(space, "team") == 4
+    assert await client.clear_space(space, "team") == 6, "descendants are of no use and go along"
     assert (await client.match([space], keys, scopes=["team", ""], lease_ms=0)).blocks == 0
-    assert await load(client, space, keys, scopes=["team", ""]) == [None] * 4 + ["memory"] * 2
+    assert await load(client, space, keys, scopes=["team", ""]) == [None] * 6
 
 
 # Forgetting.

@@ -7,13 +7,14 @@ import weakref
 
 import pytest
 
-from kvstore.api.hint import Reuse, ReuseHint
 from kvstore.api.tier import Block, BlockRef, Load
-from kvstore.policy.lru import Lru
+from kvstore.policy.policies import make_policy
+from kvstore.policy.policy import Use
 from kvstore.tiers.arena import Arena
 from kvstore.tiers.memory import Memory, Slot
 from kvstore.tiers.slabs import PAGE_BYTES
 from tests.sim.blocks import block_of, chain_of, keys_of, load_all, namespace_of, present
+from tests.sim.clock import ManualClock
 from tests.sim.rig import Rig, assert_idle
 
 MINE = namespace_of("mine")
@@ -166,17 +167,49 @@ async def test_one_pinned_slot_does_not_close_all_slabs(rig: Rig) -> None:
     memory.unpin(pinned)
 
 
-async def test_a_hint_stays_with_the_blocks_that_are_here(rig: Rig) -> None:
-    """It is recorded for the policy, not asked for by anybody, and changes no order."""
+async def test_children_leave_before_their_parents(rig: Rig) -> None:
+    """However old a head is: what stays of a chain has no gap."""
     memory = rig.memory(8)
-    blocks, absent = chain(), chain("absent")
+    blocks, other = chain(count=6), chain("other", 2)
     await memory.store(blocks)
-    hint = ReuseHint(b"session", Reuse.FINAL, 10)
-    order = [slot.ref for slot in memory.slots()]
-    memory.note([block.ref for block in [*blocks[:2], *absent]], hint)
-    assert [slot.ref for slot in memory.slots()] == order
-    noted = {slot.ref: slot.hint for slot in memory.slots()}
-    assert [noted[block.ref] for block in blocks] == [hint, hint, None, None]
+    await memory.store(other)
+    memory.use(Use([block.ref for block in blocks[3:]], 0.0))
+    victims = memory.coldest(SIZE, 8 * 2 * PAGE_BYTES)
+    depths = {block.ref: depth for depth, block in enumerate([*blocks, *other])}
+    assert [depths[slot.ref] for slot in victims] == [7, 6, 5, 4, 3, 2, 1, 0]
+    for slot in victims:
+        memory.evict(slot)
+        memory.check()
+        held = [memory.find(block.ref) is not None for block in blocks]
+        assert held == sorted(held, reverse=True)
+
+
+async def test_a_parent_leaves_before_its_children_only_where_that_is_allowed(rig: Rig) -> None:
+    """Where every leaf is pinned, its parents stay, unless they are known to lie below."""
+    memory = rig.memory(8)
+    blocks = chain(count=8)
+    await memory.store(blocks)
+    leaf = memory.find(blocks[-1].ref)
+    assert leaf is not None
+    memory.pin(leaf)
+    assert memory.coldest(SIZE, 1) == []
+    assert [slot.ref for slot in memory.coldest(SIZE, 1, parents=True)] == [blocks[-2].ref]
+    memory.unpin(leaf)
+
+
+async def test_who_forgets_a_block_forgets_what_descends_from_it(rig: Rig) -> None:
+    """Nobody could use it any more. A parent that comes back later finds its children again."""
+    memory = rig.memory(8)
+    blocks = chain(count=4)
+    await memory.store(blocks)
+    assert await memory.discard([blocks[1].ref]) == 3
+    assert await present(memory, blocks) == [True, False, False, False]
+    await memory.store(blocks[2:])
+    memory.check()
+    await memory.store(blocks[:2])
+    memory.check()
+    assert await memory.discard([blocks[0].ref]) == 4
+    assert_idle(memory)
 
 
 async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> None:
@@ -216,7 +249,7 @@ async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> Non
             memory.evict(here)
             memory.evict(here)
         elif what == "touch":
-            memory.touch([each.ref for each in rng.sample(blocks, 5)])
+            memory.use(Use([each.ref for each in rng.sample(blocks, 5)], 0.0))
         elif what == "room":
             for slot in memory.coldest(len(block.data), rng.choice([1, 1 << 16])):
                 assert slot.indexed
@@ -238,7 +271,7 @@ async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> Non
 
 async def test_a_closed_memory_gives_its_pages_back() -> None:
     """The arena's file and mapping are gone with the last view."""
-    memory = Memory(1 << 20, 1 << 16, Lru())
+    memory = Memory(1 << 20, 1 << 16, make_policy("lru", 1 << 20), ManualClock())
     await memory.store(chain())
     handle, arena = memory._arena._file, weakref.ref(memory._arena)
     assert os.fstat(handle).st_size == 1 << 20

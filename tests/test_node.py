@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvstore.api.digest import block_digest
-from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
+from kvstore.api.errors import InvalidArgument, ResourceExhausted, Shed, UnknownSpace
 from kvstore.api.hint import MAX_RETURN_MS, Reuse, ReuseHint
 from kvstore.api.space import MatchRule, SpaceDescriptor
 from kvstore.api.tier import BlockRef
@@ -18,6 +18,7 @@ from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
 from kvstore.leases import Lease, LeaseTable
 from kvstore.matching import longest_match, needed
 from kvstore.node import EXPIRY_PERIOD_S, Matched, Node
+from kvstore.policy.policy import Use
 from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.tiered import Tiered
@@ -121,6 +122,24 @@ async def store(rig: Rig) -> AsyncIterator[Store]:
     await quiet(store.tiers)
 
 
+async def test_a_block_whose_parent_is_discarded_while_it_comes_is_not_kept(store: Store) -> None:
+    """Nobody could match it. What follows it in the run passes by as well."""
+    keys = keys_of("chain", 3)
+    await store.store(keys[:1])
+    incoming = await store.node.write(ACME, "", store.space_id, keys)
+    for index in incoming.wanted:
+        data = data_of(BlockRef(store.space_id, keys[index]), BLOCK_BYTES)
+        digest = block_digest(store.space_id, keys[index], data)
+        await incoming.begin_block(index, BLOCK_BYTES, digest)
+        incoming.add(index, data[:100])
+        await store.tiers.discard(store.node.refs(ACME, "", store.space_id, keys[:1]))
+        incoming.add(index, data[100:])
+    incoming.finish()
+    incoming.close()
+    assert incoming.held == [0]
+    assert store.in_memory(keys) == [False] * 3
+
+
 # The rules of a match.
 
 
@@ -212,7 +231,10 @@ async def test_blocks_that_the_caller_holds_count_and_are_not_leased(store: Stor
     """Held blocks need not be here; the match goes on behind them and leases only that."""
     keys = keys_of("chain", 10)
     await store.store(keys)
-    assert await store.tiers.discard(store.node.refs(ACME, "", store.space_id, keys[2:3])) == 1
+    [gone] = store.node.refs(ACME, "", store.space_id, keys[2:3])
+    slot = store.tiers.memory.find(gone)
+    assert slot is not None
+    store.tiers.memory.evict(slot)
     assert (await store.match(keys, lease_s=0)).blocks == 2
     matched = await store.match(keys, held_blocks=4)
     assert matched.blocks == 10
@@ -483,6 +505,78 @@ async def test_a_read_of_a_block_twice(store: Store) -> None:
     assert_idle(store.tiers.memory)
 
 
+@pytest.mark.parametrize("leased_first", [True, False])
+async def test_a_herd_causes_one_read(store: Store, leased_first: bool) -> None:
+    """Of callers with a lease and without, at once and a little later, whoever comes first."""
+    keys = keys_of("chain", 1)
+    await store.store(keys)
+    await store.press()
+    reached, gate = asyncio.Event(), asyncio.Event()
+
+    async def wait(operation: str, refs: Sequence[BlockRef]) -> None:
+        if operation == "load":
+            reached.set()
+            await gate.wait()
+
+    store.slow.before = wait
+
+    async def leased() -> list[str | None]:
+        return await store.read(keys, matched=await store.match(keys, quietly=False))
+
+    async def loose() -> list[str | None]:
+        return await store.read(keys)
+
+    callers = []
+    for caller in (leased, loose) if leased_first else (loose, leased):
+        callers += [asyncio.create_task(caller()) for _ in range(50)]
+        await reached.wait()
+        await settle()
+    gate.set()
+    for tiers in await asyncio.gather(*callers):
+        assert None not in tiers
+    assert None not in await store.read(keys)
+    [ref] = store.node.refs(ACME, "", store.space_id, keys)
+    assert store.slow.asked["load", ref] == 1
+
+
+async def test_when_time_is_up_a_read_ends_with_misses(store: Store) -> None:
+    """What memory has is delivered; what would have to be waited for is not."""
+    cold, warm = keys_of("cold", 4), keys_of("warm", 4)
+    await store.store(cold)
+    await store.press()
+    await store.store(warm)
+    gate = asyncio.Event()
+
+    async def wait(operation: str, refs: Sequence[BlockRef]) -> None:
+        await gate.wait()
+
+    store.slow.before = wait
+    for times, expected in (([0.01], [None] * 4 + ["memory"] * 4), ([-1.0], [None] * 8)):
+        blocks = store.node.read(ACME, (), store.space_id, [*cold, *warm], left_s=times.pop)
+        assert [block.tier or None async for block in blocks] == expected
+    matched = await store.node.match(
+        ACME, [store.space_id], [*warm, *cold], (), left_s=lambda: 0.01
+    )
+    assert matched.blocks == 4
+    assert_idle(store.tiers.memory)
+    gate.set()
+    await quiet(store.tiers)
+
+
+async def test_what_only_a_busy_tier_has_is_refused_at_once(store: Store) -> None:
+    """Before the first block; what is at hand is served as ever."""
+    cold, warm = keys_of("cold", 4), keys_of("warm", 4)
+    await store.store(cold)
+    await store.press()
+    await store.store(warm)
+    store.node._slow_is_full = lambda size: size >= BLOCK_BYTES
+    with pytest.raises(Shed) as shed:
+        await store.read(cold)
+    assert (shed.value.reason, shed.value.retry_s > 0) == ("tier", True)
+    assert await store.read(warm) == ["memory"] * 4
+    assert await store.read([*cold, *warm]) == ["disk"] * 4 + ["memory"] * 4
+
+
 async def test_scopes_are_searched_in_order(store: Store) -> None:
     """The first scope that has a block delivers it; a chain may go on in another scope."""
     keys = keys_of("chain", 6)
@@ -519,23 +613,47 @@ async def test_scopes_of_tenants_are_their_own(store: Store) -> None:
 # Hints.
 
 
-async def test_hints_are_counted_and_kept_with_the_blocks(rig: Rig, store: Store) -> None:
-    """By match, by write and alone; they stay with what is in memory, and change no answer."""
+async def test_hints_are_counted_and_reach_the_policy(
+    rig: Rig, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By match, by write and alone, with the owner's session; they change no answer."""
+    told: list[tuple[str, Use[BlockRef]]] = []
+    memory = store.tiers.memory
+    monkeypatch.setattr(memory, "use", lambda use: told.append(("use", use)))
+    monkeypatch.setattr(memory, "advise", lambda use: told.append(("advise", use)))
     keys = keys_of("chain", 4)
     tool = ReuseHint(b"session", Reuse.AUTOMATIC, 1500)
     human = ReuseHint(b"session", Reuse.INTERACTIVE, 60_000)
     await store.store(keys, hint=tool)
-    assert {slot.hint for slot in store.tiers.memory.slots()} == {tool}
     assert (await store.match(keys, hint=human, lease_s=0)).blocks == 4
-    assert {slot.hint for slot in store.tiers.memory.slots()} == {human}
-    await store.match(keys, lease_s=0)
-    assert {slot.hint for slot in store.tiers.memory.slots()} == {human}, "none takes none back"
+    assert (await store.match(keys, lease_s=0)).blocks == 4
     store.node.hint(ACME, "", store.space_id, keys, ReuseHint(reuse=Reuse.FINAL))
-    assert {slot.hint for slot in store.tiers.memory.slots()} == {ReuseHint(reuse=Reuse.FINAL)}
     store.node.hint(RIVAL, "", store.space_id, keys, tool)
-    assert {slot.hint for slot in store.tiers.memory.slots()} == {ReuseHint(reuse=Reuse.FINAL)}
+    assert [(what, use.hint) for what, use in told] == [
+        ("advise", tool),
+        ("use", human),
+        ("use", None),
+        ("advise", ReuseHint(reuse=Reuse.FINAL)),
+        ("advise", tool),
+    ]
+    sessions = [use.session for _, use in told]
+    assert sessions[0] == sessions[1] is not None
+    assert sessions[2] is sessions[3] is None
+    assert sessions[4] != sessions[0], "sessions of two tenants met"
+    chains = [list(use.chain) for _, use in told]
+    assert chains[0] == chains[1] == store.node.refs(ACME, "", store.space_id, keys)
+    assert not set(chains[4]) & set(chains[0])
     for reuse, count in (("automatic", 2), ("interactive", 1), ("final", 1)):
         assert rig.counted("hints", reuse=reuse) == count
+
+
+async def test_a_run_without_its_parent_is_not_wanted(store: Store) -> None:
+    """Nobody could ever match it; once the parent is here, it is."""
+    keys = keys_of("chain", 4)
+    assert await store.store(keys[2:], parent_key=keys[1]) == []
+    assert await store.store(keys[:2]) == [0, 1]
+    assert await store.store(keys[2:], parent_key=keys[1]) == [0, 1]
+    assert (await store.match(keys, lease_s=0)).blocks == 4
 
 
 def test_a_hint_out_of_range_is_named_or_clamped() -> None:

@@ -85,8 +85,8 @@ def test_a_header_is_256_bytes_with_all_its_fields(rng: random.Random) -> None:
             kind=rng.choice(list(Kind)),
             codec=rng.choice(list(CodecId)),
             sequence=rng.randrange(2**64),
-            block_bytes=rng.randrange(2**64),
-            stored_bytes=rng.randrange(2**64),
+            block_bytes=rng.randrange(2**29, 2**30 + 1),
+            stored_bytes=rng.randrange(2**29),
             created_s=rng.randrange(2**64),
             expires_s=rng.randrange(2**64),
             tag=rng.randbytes(16),
@@ -97,8 +97,8 @@ def test_a_header_is_256_bytes_with_all_its_fields(rng: random.Random) -> None:
         )
         assert len(header.pack()) == HEADER_BYTES
         assert Header.unpack(header.pack()) == header
-        later = header.resequenced(7)
-        assert later == replace(header, sequence=7)
+        later = header.resequenced(7, 3)
+        assert later == replace(header, sequence=7, forgets=3)
 
 
 def test_the_layout_is_the_documented_one() -> None:
@@ -113,6 +113,16 @@ def test_the_layout_is_the_documented_one() -> None:
     body += b"t" * 16 + b"n" * 32 + b"p" * 32 + b"d" * 16 + b"q" * 16
     body = body.ljust(HEADER_BYTES - 16, b"\0")
     assert header.pack() == body + xxhash.xxh3_128_digest(body)
+
+
+@pytest.mark.parametrize(
+    ("block_bytes", "stored_bytes"), [(4, 5), (2**30 + 1, 4), (2**30, 2**31), (2**63, 2**63)]
+)
+def test_lengths_that_no_block_has_are_refused(block_bytes: int, stored_bytes: int) -> None:
+    """Readers make room for what a header says, so a right digest alone is not believed."""
+    header = Header(block_bytes=block_bytes, stored_bytes=stored_bytes)
+    with pytest.raises(Damaged):
+        Header.unpack(header.pack())
 
 
 def test_every_flipped_bit_of_a_header_is_noticed(codec: Codec) -> None:

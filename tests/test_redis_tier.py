@@ -10,7 +10,7 @@ import redis as sync_redis
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef
 from kvstore.names import block_name, namespace_tag
-from kvstore.record import HEADER_BYTES
+from kvstore.record import HEADER_BYTES, Header
 from kvstore.tiers.guarded import FAILURES_TO_OPEN, OPEN_S, Guarded
 from kvstore.tiers.redis import RedisTier
 from kvstore_workers.redis_server import RedisServer
@@ -276,6 +276,18 @@ async def test_a_header_that_promises_the_world_costs_nothing(
     await damaged(rig, tier, server, blocks, 1)
     asked = server.info("commandstats")["cmdstat_get"]["calls"] - commands
     assert asked < 40, "the parts of a block that cannot fit were fetched"
+
+
+async def test_a_length_that_nobody_wrote_is_not_followed(
+    tier: RedisTier, server: sync_redis.Redis
+) -> None:
+    """A header of a gibibyte in a short value does not make a look-up go through its parts."""
+    (block,) = chain(count=1)
+    hostile = Header(block_bytes=2**30, stored_bytes=2**30, name=block_name(block.ref))
+    server.set(key_of(block, 0), hostile.pack())
+    assert await tier.wants([block.ref]) == [True]
+    assert await tier.discard([block.ref]) == 1
+    assert not keys_in(server)
 
 
 def _url(server: sync_redis.Redis) -> str:

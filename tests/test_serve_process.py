@@ -17,11 +17,13 @@ import pytest
 from click.testing import CliRunner
 
 from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore.api.v1.kvstore_pb2_grpc import KVStoreStub
+from kvstore.api.wire import pack_keys
 from kvstore.serve_command import serve
 from kvstore_client import AsyncClient, Space
 from kvstore_workers.redis_server import RedisServer
 from tests.sim.blocks import keys_of
-from tests.sim.nodes import PATIENT, descriptor_of, load, store
+from tests.sim.nodes import PATIENT, descriptor_of, load, raw_channel, store
 
 BLOCKS = 40
 PATIENCE_S = 60.0
@@ -213,6 +215,26 @@ async def test_a_supervised_node_ends_with_its_parent(serving: Serving) -> None:
     served = await serving.start()
     async with connected(served) as (client, space):
         assert await load(client, space, keys) == ["disk"] * 6
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_does_not_wait_for_the_drain(
+    serving: Serving, second: signal.Signals
+) -> None:
+    """While a call is being waited for: the process ends at once, and says what that costs."""
+    served = await serving.start()
+    async with connected(served) as (client, space), raw_channel(served.endpoint) as channel:
+        begin = pb.WriteBegin(space_id=space.space_id, keys=pack_keys(keys_of("chain", 1)))
+        call = KVStoreStub(channel).Write()
+        await call.write(pb.WriteRequest(begin=begin))
+        assert isinstance(await call.read(), pb.WriteReply)
+        watch = await client.watch()
+        served.process.send_signal(signal.SIGTERM)
+        assert isinstance(await anext(watch), pb.Draining)
+        status, errors = await served.end(second)
+    assert status == 128 + second
+    assert f"{second.name} while draining: ending at once" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
 
 
 @pytest.fixture

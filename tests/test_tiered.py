@@ -8,6 +8,7 @@ import pytest
 
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef, Tier
+from kvstore.policy.policy import Use
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.memory import Memory
@@ -118,7 +119,7 @@ async def test_an_evicted_tail_can_be_matched_from_its_start(rig: Rig) -> None:
     hot = chain("hot", 6)
     await tiered.store(hot)
     for number in range(4):
-        tiered.memory.touch(refs_of(hot[:3]))
+        tiered.memory.use(Use(refs_of(hot[:3]), 0.0))
         await tiered.store(chain(f"filler {number}", 4))
     below = await disk.locate(refs_of(hot))
     assert below[-1] is not None, "the tail was not demoted"
@@ -236,7 +237,8 @@ async def test_a_block_of_another_length_is_a_miss(rig: Rig) -> None:
     await disk.store(below)
     wrong = [want._replace(size=SIZE + 1) for want in wants_of([*here, *below])]
     assert await tiered.acquire(wrong) == [None] * 4
-    assert await acquire(tiered, [*here, *below]) == ["memory"] * 2 + ["disk"] * 2
+    # A name says the length: what has another one below is not what it claims to be.
+    assert await acquire(tiered, [*here, *below]) == ["memory"] * 2 + [None] * 2
 
 
 async def test_one_flight_per_block(rig: Rig) -> None:
@@ -478,6 +480,27 @@ async def test_of_two_tiers_side_by_side_the_cheaper_is_read(rig: Rig) -> None:
     assert all(first.asked["load", ref] == 1 for ref in refs_of(blocks))
     await cheap.discard(refs_of(more))
     assert await acquire(tiered, more) == ["disk"] * 8
+
+
+async def test_of_two_tiers_side_by_side_none_is_left_behind(rig: Rig) -> None:
+    """One cannot forget: the other has done so by the time that the caller learns of it."""
+    first, second = Faulty(rig.memory(64)), Faulty(rig.memory(64))
+    beside = Beside(first, second)
+    blocks = chain()
+    await beside.store(blocks)
+
+    async def fail(operation: str, refs: Sequence[BlockRef]) -> None:
+        raise TierError("planted")
+
+    first.before, second.before = fail, Gate("discard")
+    forgetting = asyncio.create_task(beside.discard(refs_of(blocks)))
+    await second.before.reached.wait()
+    await settle()
+    assert not forgetting.done()
+    second.before.opened.set()
+    with pytest.raises(TierError):
+        await forgetting
+    assert await second.locate(refs_of(blocks)) == [None] * 8
 
 
 def test_all_parts_are_tiers(rig: Rig) -> None:

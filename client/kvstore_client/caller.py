@@ -82,16 +82,23 @@ class Caller:
     ) -> Answer:
         if self.closed:
             raise Unavailable("the client is closed")
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
         try:
             # gRPC ends a call at its deadline; this also ends what is not a call.
             async with asyncio.timeout(deadline.left_s()):
                 return await self._with_spaces(attempt, deadline, spaces)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if task.cancelling():
                 raise
             # gRPC cancels the calls of a channel that is closed; nobody cancelled the caller.
             raise Unavailable("the client was closed") from None
+        finally:
+            # gRPC swallows a cancellation that comes while it sets up a stream: the call then ends
+            # in some other way, and whoever cancelled it would wait for its caller for ever.
+            if task.cancelling() > cancelled_before:
+                raise asyncio.CancelledError
 
     async def _with_spaces(
         self, attempt: Attempt[Answer], deadline: Deadline, spaces: Sequence[Space]

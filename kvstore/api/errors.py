@@ -30,6 +30,18 @@ class ResourceExhausted(KvstoreError):
     """When a limit is reached or the node sheds load; a client treats it as a miss."""
 
 
+class Shed(ResourceExhausted):
+    """When a node has too much to do; nothing is wrong with the call.
+
+    `reason` names the limit in metrics; after `retry_s` it is worth another try.
+    """
+
+    def __init__(self, message: str, reason: str, retry_s: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_s = retry_s
+
+
 class Unavailable(KvstoreError):
     """When the node is draining or gone; a client treats it as a miss."""
 

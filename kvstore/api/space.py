@@ -66,6 +66,15 @@ class SpaceDescriptor:
         _check_range("trailing_blocks", self.trailing_blocks, int(trailing), 2**16 * trailing)
 
     @property
+    def needs_parents(self) -> bool:
+        """Whether a block is useless without the blocks before it.
+
+        A window or a recurrent state is restored without them: its blocks are stored, kept and
+        dropped each for itself.
+        """
+        return self.match_rule is MatchRule.ALL
+
+    @property
     def space_id(self) -> bytes:
         """The SHA-256 of the canonical form: every field, sorted by name, length-prefixed."""
         digest = hashlib.sha256(_LABEL)

@@ -1,9 +1,12 @@
 """Two slower tiers side by side: reads take the first that has a block, writes go to both."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Tier, Usage
+
+T = TypeVar("T")
 
 
 class Beside:
@@ -40,15 +43,26 @@ class Beside:
         return [a or b for a, b in zip(first, second, strict=True)]
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        return sum(await asyncio.gather(self._first.discard(refs), self._second.discard(refs)))
+        return sum(await _both(self._first.discard(refs), self._second.discard(refs)))
 
     async def clear(self, namespace: bytes) -> int:
-        return sum(
-            await asyncio.gather(self._first.clear(namespace), self._second.clear(namespace))
-        )
+        return sum(await _both(self._first.clear(namespace), self._second.clear(namespace)))
 
     def usage(self) -> list[Usage]:
         return [*self._first.usage(), *self._second.usage()]
 
     async def close(self) -> None:
-        await asyncio.gather(self._first.close(), self._second.close())
+        await _both(self._first.close(), self._second.close())
+
+
+async def _both(first: Awaitable[T], second: Awaitable[T]) -> tuple[T, T]:
+    """Both answers. An error of one is raised only when the other has ended as well.
+
+    Otherwise it would go on behind the caller's back, outside of his locks and beyond his end.
+    """
+    one, other = await asyncio.gather(first, second, return_exceptions=True)
+    if isinstance(one, BaseException):
+        raise one
+    if isinstance(other, BaseException):
+        raise other
+    return one, other

@@ -7,27 +7,71 @@ segment whole, after what is still hot in it was written forward.
 """
 
 import asyncio
+import errno
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Container, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Usage
 from kvstore.codec import Codec
-from kvstore.files import Files
+from kvstore.files import PAGE_BYTES, Files
+from kvstore.gate import Gate
 from kvstore.metrics import Metrics
 from kvstore.names import block_name, namespace_tag
-from kvstore.record import Damaged, Header, Kind, decode_block, encode_block
+from kvstore.record import (
+    HEADER_BYTES,
+    Damaged,
+    Header,
+    Kind,
+    check_payload,
+    decode_block,
+    encode_block,
+)
 from kvstore.runner import Runner
+from kvstore.staging import Loan, Staging
 from kvstore.tiers.disk_index import DiskIndex, Entry, survivors
-from kvstore.tiers.segment import PAGE_BYTES, record_bytes
+from kvstore.tiers.segment import Placed, pack_header_page, pages
 from kvstore.tiers.segment_log import Found, SegmentLog
 
 _log = logging.getLogger("kvstore.disk")
 
 T = TypeVar("T")
+
+GROUP_BYTES = 16 << 20
+"""So much of a batch is encoded, written or read at once."""
+STAGING_BYTES = 64 << 20
+"""So much of the memory that this takes is kept for the next."""
+
+
+SEQUENCE_BITS = 32
+"""A start numbers records from the last segment's id shifted by so much."""
+FORGETS_UNREAD = 1 << 32
+"""More forget records than a segment that cannot be read may hold."""
+SCRUB_PAUSE_S = 0.1
+"""A scrub reads for about so long at its rate, then waits."""
+SCRUB_FAILURES = 3
+"""After so many blocks in a row that cannot be read it is the device that is broken."""
+
+
+class Scrubbed(NamedTuple):
+    """How far a scrub is. Bytes as stored; `damaged` blocks were dropped."""
+
+    blocks: int
+    size_bytes: int
+    damaged: int
+    total: int
+
+
+class Staged(NamedTuple):
+    """A record that is ready to be written, but for its place in the log."""
+
+    header: Header
+    loan: Loan
+    """The whole record; its first page is filled when it is written."""
 
 
 class DiskTier:
@@ -39,15 +83,24 @@ class DiskTier:
     name = "disk"
 
     def __init__(
-        self, log: SegmentLog, codec: Codec, runner: Runner, clock: Clock, metrics: Metrics
+        self,
+        log: SegmentLog,
+        codec: Codec,
+        runner: Runner,
+        clock: Clock,
+        metrics: Metrics,
+        staging: Staging,
     ) -> None:
         self._segments = log
+        self._staging = staging
         self._codec = codec
         self._runner = runner
         self._clock = clock
         self._metrics = metrics
         self._index = DiskIndex()
         self._sequence = 0
+        self._forgets = 0
+        """How many forget records the log has seen; every record says it."""
         self._writing = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()
         self._syncer: asyncio.Task[None] | None = None
@@ -71,8 +124,9 @@ class DiskTier:
         `on_sealed(segment_id, blocks, bytes)` is called with the blocks that have come to be on the
         device, which happens `sync_after_s` after they were stored at the latest.
         """
-        log = SegmentLog(files, capacity_bytes, segment_bytes, on_sealed)
-        tier = cls(log, codec, runner, clock, metrics)
+        staging = Staging(STAGING_BYTES)
+        log = SegmentLog(files, capacity_bytes, segment_bytes, on_sealed, staging)
+        tier = cls(log, codec, runner, clock, metrics, staging)
         tier._recover(await runner.run(log.recover))
         _log.info("disk: %d blocks in %d segments", len(tier._index), log.count)
         tier._syncer = asyncio.create_task(tier._sync_when_due(sync_after_s))
@@ -86,25 +140,31 @@ class DiskTier:
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         """Raises TierError if every block that is here was unreadable: then the device is gone."""
-        answers = await asyncio.gather(*(self._load(load) for load in loads))
+        answers: list[Loaded | OSError | None] = []
+        for group in _groups(loads, lambda load: len(load.into)):
+            answers += await asyncio.gather(*(self._load(load) for load in group))
+        self._drop_foreign(loads)
         errors = [answer for answer in answers if isinstance(answer, OSError)]
         if errors and not any(isinstance(answer, Loaded) for answer in answers):
             raise TierError(f"disk: {errors[0]}")
         return [answer if isinstance(answer, Loaded) else None for answer in answers]
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
-        return [await self._store(block) for block in blocks]
+        held: list[bool] = []
+        for group in _groups(blocks, lambda block: len(block.data)):
+            held += await self._store(group)
+        return held
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
         names = [block_name(ref) for ref in refs]
 
         async def forget() -> int:
+            # First here: what is being written forward must not stand behind its forget record.
+            copies = self._index.remove(names)
             # Also of what the index lacks: a block that left it with its parent may still lie in
             # a segment, and would rise at a restart once the parent is stored again.
-            for name in names:
-                await self._append(Header(kind=Kind.FORGET_BLOCK, name=name), b"")
-            await self._runner.run(self._segments.sync)
-            return self._index.remove(names)
+            await self._forget([Header(kind=Kind.FORGET_BLOCK, name=name) for name in names])
+            return copies
 
         return await self._change(forget)
 
@@ -112,15 +172,41 @@ class DiskTier:
         tag = namespace_tag(namespace)
 
         async def forget() -> int:
-            await self._append(Header(kind=Kind.FORGET_NAMESPACE, tag=tag), b"")
-            await self._runner.run(self._segments.sync)
-            return self._index.remove(self._index.of_namespace(tag))
+            copies = self._index.remove(self._index.of_namespace(tag))
+            await self._forget([Header(kind=Kind.FORGET_NAMESPACE, tag=tag)])
+            return copies
 
         return await self._change(forget)
 
     def usage(self) -> list[Usage]:
         used = self._segments.used_bytes
         return [Usage(self.name, self._segments.capacity_bytes, used, len(self._index))]
+
+    async def scrub(self, bytes_per_s: float) -> AsyncGenerator[Scrubbed, None]:
+        """Reads every block once, at a bounded rate, and drops what is damaged.
+
+        Says now and then how far it is; the last word stands for the whole. Raises TierError
+        once the device fails again and again, which says nothing of the blocks.
+        """
+        total, blocks, size, damaged = len(self._index), 0, 0, 0
+        due_bytes = failures = 0
+        for entry in self._index.by_segment():
+            try:
+                intact = await self._read(entry, partial(_judge, entry.name)) is not None
+                failures = 0
+            except OSError as error:
+                intact, failures = False, failures + 1
+                if failures == SCRUB_FAILURES:
+                    raise TierError(f"disk: {error}") from error
+            here = self._index.find(entry.name) is entry
+            blocks, size = blocks + 1, size + entry.record_bytes
+            damaged += not intact and not here
+            due_bytes += entry.record_bytes
+            if due_bytes >= bytes_per_s * SCRUB_PAUSE_S:
+                yield Scrubbed(blocks, size, damaged, total)
+                await self._clock.sleep(due_bytes / bytes_per_s)
+                due_bytes = 0
+        yield Scrubbed(blocks, size, damaged, total)
 
     async def close(self) -> None:
         if self._syncer is not None:
@@ -137,7 +223,8 @@ class DiskTier:
 
     def _find(self, ref: BlockRef) -> Entry | None:
         entry = self._index.find(block_name(ref))
-        if entry is not None and 0 < entry.header.expires_s <= self._clock.wall_s():
+        if entry is not None and 0 < entry.expires_s <= self._clock.wall_s():
+            self._index.remove([entry.name])
             return None
         return entry
 
@@ -166,110 +253,218 @@ class DiskTier:
 
     async def _load(self, load: Load) -> Loaded | OSError | None:
         entry = self._find(load.ref)
-        if entry is None or entry.header.block_bytes != len(load.into):
+        if entry is None or entry.block_bytes != len(load.into):
             return None
-        scratch = bytearray(len(load.into))
-        header, segment_id, offset = entry.header, entry.segment_id, entry.offset
-        name = block_name(load.ref)
+        gate = Gate()
 
-        def read() -> bytes:
-            payload = self._segments.read(segment_id, header.stored_bytes, offset + PAGE_BYTES)
-            return decode_block(header, name, memoryview(payload), memoryview(scratch))
+        def fill(header: Header, payload: memoryview) -> bytes:
+            name = block_name(load.ref)
+            return gate.through(lambda: decode_block(header, name, payload, load.into))
 
         try:
-            digest = await self._runner.run(read)
+            digest = await self._read(entry, fill)
+        except asyncio.CancelledError:
+            gate.close()  # From here on nothing writes to `into`.
+            raise
+        except OSError as error:
+            return error
+        if digest is None:
+            return None
+        entry.used = True
+        return Loaded(self.name, digest)
+
+    def _drop_foreign(self, loads: Sequence[Load]) -> None:
+        """Forgets what has another length than is asked: its name says the length, so it lies."""
+        for load in loads:
+            entry = self._find(load.ref)
+            if entry is not None and entry.block_bytes != len(load.into):
+                self._metrics.corrupt.labels(self.name).inc()
+                self._index.remove([entry.name])
+
+    async def _read(
+        self, entry: Entry, judge: Callable[[Header, memoryview], bytes]
+    ) -> bytes | None:
+        """What `judge`, in a thread, makes of a record; None if it left, or was damaged and left.
+
+        Raises OSError, with the record forgotten, if the device cannot read it.
+        """
+        segment_id, offset, size = place = _place_of(entry)
+        payload_end = PAGE_BYTES + entry.stored_bytes
+
+        def read() -> bytes:
+            with self._staging.lent(size) as pages:
+                if self._segments.read_into(segment_id, pages, offset) < payload_end:
+                    raise Damaged("record: its segment ends before it")
+                return judge(Header.unpack(pages[:HEADER_BYTES]), pages[PAGE_BYTES:payload_end])
+
+        try:
+            return await self._runner.run(read)
         except (Damaged, OSError) as error:
-            place = (entry.segment_id, entry.offset)
-            if self._index.find(name) is not entry or place != (segment_id, offset):
+            if self._index.find(entry.name) is not entry or place != _place_of(entry):
                 return None  # It left its segment, which was dropped, during the read.
             _log.warning("a damaged block was dropped from segment %d: %s", segment_id, error)
             self._metrics.corrupt.labels(self.name).inc()
-            self._index.remove([name])
-            return error if isinstance(error, OSError) else None
+            self._index.remove([entry.name])
+            if isinstance(error, OSError):
+                raise
+            return None
         except KeyError:
             return None  # Its segment was dropped between the look-up and the read.
-        entry.used = True
-        # Copied here and not by the thread: after a cancelled load nothing may write to `into`.
-        load.into[:] = scratch
-        return Loaded(self.name, digest)
 
-    async def _store(self, block: Block) -> bool:
-        parent = self._find(block.parent) if block.parent is not None else None
-        if block.parent is not None and parent is None:
-            self._metrics.disk_orphans.inc()
+    async def _store(self, blocks: Sequence[Block]) -> list[bool]:
+        """Encodes a few blocks side by side and appends them."""
+        fresh = [block for block in self._rooted(blocks) if self._find(block.ref) is None]
+        if fresh:
+            encode = partial(staged, codec=self._codec, staging=self._staging)
+            now_s = self._clock.wall_s()
+            work = [self._runner.run(partial(encode, block, now_s=now_s)) for block in fresh]
+            records = await asyncio.gather(*work)
+            await self._change(lambda: self._append(records))
+        return [self._find(block.ref) is not None for block in blocks]
+
+    def _rooted(self, blocks: Sequence[Block]) -> list[Block]:
+        """The blocks whose parent is here, or among them."""
+        rooted: dict[BlockRef, Block] = {}
+        for block in blocks:
+            parent = self._find(block.parent) if block.parent is not None else None
+            if parent is not None:
+                parent.used = True
+            elif block.parent is not None and block.parent not in rooted:
+                self._metrics.disk_orphans.inc()
+                continue
+            rooted[block.ref] = block
+        return list(rooted.values())
+
+    async def _append(self, records: Sequence[Staged]) -> list[Placed]:
+        """Writes records, several at once, and indexes them; which there are now.
+
+        Parents come before children. Passed over is what is here already, has lost its parent, or
+        is larger than a segment. Raises OSError if nothing could be written of what should be.
+        """
+        written: list[Placed] = []
+        placed: list[tuple[Placed, Staged]] = []
+        names: set[bytes] = set()
+        for record in records:
+            header = record.header
+            if self._is_superfluous(header, names) or not self._segments.fits(header):
+                record.loan.give_back()
+                continue
+            if not self._segments.has_room(header):
+                written += await self._write(placed)
+                placed, names = [], set()
+                await self._make_room(header)
+                if self._is_superfluous(header, names):
+                    record.loan.give_back()
+                    continue  # The parent left with the segment that had to go.
+            self._sequence += 1
+            forgets = self._forgets if header.kind is Kind.BLOCK else header.forgets
+            header = header.resequenced(self._sequence, forgets)
+            place = self._segments.place(header)
+            placed.append((place, record))
+            names.add(header.name)
+        return written + await self._write(placed)
+
+    def _is_superfluous(self, header: Header, placed: Container[bytes]) -> bool:
+        """Whether a block is here already, or its parent is not; `placed`: on their way."""
+        if header.kind is not Kind.BLOCK:
             return False
-        if parent is not None:
-            parent.used = True
-        if self._find(block.ref) is not None:
+        if header.name in placed or (self._index.find(header.name) and not header.sequence):
             return True
+        parent = header.parent
+        return parent is not None and parent not in placed and self._index.find(parent) is None
 
-        def encode() -> tuple[Header, bytes]:
-            header, payload = encode_block(block, self._codec, now_s=self._clock.wall_s())
-            # Owned, because the write may outlive the caller and with him `block.data`.
-            return header, bytes(payload)
+    async def _write(self, placed: Sequence[tuple[Placed, Staged]]) -> list[Placed]:
+        if not placed:
+            return []
+        work = [
+            self._runner.run(partial(self._write_one, place, record)) for place, record in placed
+        ]
+        outcomes = await asyncio.gather(*work, return_exceptions=True)
+        written = [
+            place for (place, _), outcome in zip(placed, outcomes, strict=True) if outcome is None
+        ]
+        await self._runner.run(partial(self._segments.keep, written))
+        for place in written:
+            header = place.header
+            parent_here = header.parent is None or self._index.find(header.parent) is not None
+            if header.kind is Kind.BLOCK and parent_here:
+                self._index.insert(Found.of(place, self._segments.open_id))
+        errors = [outcome for outcome in outcomes if outcome is not None]
+        if errors and (not written or not isinstance(errors[0], OSError)):
+            raise errors[0]
+        return written
 
-        header, payload = await self._runner.run(encode)
-        return await self._change(lambda: self._append_block(header, payload))
+    def _write_one(self, place: Placed, record: Staged) -> None:
+        record.loan.view[:PAGE_BYTES] = pack_header_page(place.header)
+        self._segments.write(place, record.loan.view)
+        record.loan.give_back()
 
-    async def _append_block(self, header: Header, payload: bytes) -> bool:
-        if self._index.find(header.name) is not None:
-            return True  # Somebody else stored it while this one waited.
-        if header.parent is not None and self._index.find(header.parent) is None:
-            return False  # The parent was forgotten meanwhile.
-        return await self._append(header, payload)
+    async def _forget(self, headers: Sequence[Header]) -> None:
+        """Writes forget records, each twice, and waits until the device has them.
 
-    async def _append(self, header: Header, payload: bytes) -> bool:
-        """Writes a record and indexes it; False if it is larger than a segment can be."""
-        if not self._segments.fits(header):
-            return False
-        if not self._segments.has_room(header):
-            await self._make_room(header)
-            parent = header.parent
-            if parent is not None and self._index.find(parent) is None:
-                return False  # The parent left with the segment that had to go.
-        self._sequence += 1
-        header = header.resequenced(self._sequence)
-        place = self._segments.place(header)
-        await self._runner.run(lambda: self._segments.write(place, payload))
-        if header.kind is Kind.BLOCK:
-            self._index.insert(header, self._segments.open_id, place.offset)
-        return True
+        A block is a miss if its record is damaged; a forget record would undo what it forgot.
+        """
+        for header in headers:
+            # One after the other: where one cannot be written, none behind it may stand there, or
+            # the next start would miss it, and believe nothing that is older.
+            numbered = replace(header, forgets=self._forgets + 1)
+            twins = [Staged(numbered, self._staging.borrow(PAGE_BYTES)) for _ in range(2)]
+            if not await self._append(twins):
+                raise OSError(errno.EIO, "not all of it could be forgotten for good")
+            self._forgets += 1
+        await self._runner.run(self._segments.sync)
 
     async def _make_room(self, header: Header) -> None:
         """Seals the open segment, begins another with room for a record, drops the oldest."""
-        await self._runner.run(self._segments.roll)
+        try:
+            await self._runner.run(self._segments.roll)
+        finally:
+            # It deletes what was surplus earlier and could not be deleted.
+            for segment_id in self._segments.take_dropped():
+                self._index.drop_segment(segment_id)
         budget_bytes = self._segments.segment_bytes // 2
         while (oldest := self._segments.surplus()) is not None:
             for entry in self._index.worth_forwarding(oldest, budget_bytes):
-                if self._segments.has_room(entry.header, header):
-                    budget_bytes -= record_bytes(entry.header)
-                    await self._forward(entry)
-            gone = [entry.header.name for entry in self._index.in_segment(oldest)]
-            self._index.remove(gone)
+                if entry.segment_id == oldest:
+                    budget_bytes -= entry.record_bytes
+                    await self._forward(entry, header)
+            self._index.drop_segment(oldest)
             await self._runner.run(partial(self._segments.drop, oldest))
             self._metrics.disk_segments_dropped.inc()
 
-    async def _forward(self, entry: Entry) -> None:
-        """Writes a block again into the open segment, as it lies on disk, if the device can."""
-        try:
-            await self._copy_forward(entry)
-        except OSError as error:
-            _log.warning("a block is lost with segment %d: %s", entry.segment_id, error)
+    async def _forward(self, entry: Entry, waiting: Header) -> None:
+        """Writes a block again into the open segment, if beside `waiting` there is room for it."""
+        loans: list[Staged] = []
 
-    async def _copy_forward(self, entry: Entry) -> None:
-        old = entry.header
-        payload = await self._runner.run(
-            lambda: self._segments.read(
-                entry.segment_id, old.stored_bytes, entry.offset + PAGE_BYTES
-            )
-        )
-        if await self._append(old, payload):
-            self._metrics.disk_forwarded_bytes.inc(old.stored_bytes)
+        def copy(header: Header, payload: memoryview) -> bytes:
+            check_payload(header, entry.name, payload)
+            loan = self._staging.borrow(PAGE_BYTES + pages(len(payload)))
+            end = PAGE_BYTES + len(payload)
+            loan.view[PAGE_BYTES:end] = payload
+            loan.view[end:] = bytes(len(loan.view) - end)
+            loans.append(Staged(header, loan))
+            return header.digest
+
+        try:
+            if await self._read(entry, copy) is None:
+                return
+            if self._segments.has_room(loans[0].header, waiting):
+                await self._append(loans)
+                self._metrics.disk_forwarded_bytes.inc(entry.stored_bytes)
+        except OSError as error:
+            _log.warning("a block is lost with its segment: %s", error)
 
     def _recover(self, records: list[Found]) -> None:
-        self._sequence = max((found.header.sequence for found in records), default=0)
+        # Segments that could not be read have numbers of their own: none may be given again.
+        self._sequence = self._segments.last_id << SEQUENCE_BITS
+        self._sequence = max([self._sequence, *(found.sequence for found in records)])
+        self._forgets = max((found.forgets for found in records), default=0)
+        if self._segments.unread_id > max((found.segment_id for found in records), default=0):
+            _log.warning("what the newest segment forgot is unknown: the disk begins empty")
+            self._forgets += FORGETS_UNREAD
+            return
         for found in survivors(records):
-            self._index.insert(found.header, found.segment_id, found.offset)
+            self._index.insert(found)
 
     async def _sync_when_due(self, sync_after_s: float) -> None:
         while True:
@@ -278,3 +473,36 @@ class DiskTier:
                 await self._change(lambda: self._runner.run(self._segments.sync))
             except TierError as error:
                 _log.warning("what was stored lately is not on the device yet: %s", error)
+
+
+def staged(block: Block, codec: Codec, staging: Staging, now_s: float) -> Staged:
+    """The record of a block. It owns its bytes: the write may outlive the block's buffer."""
+    header, payload = encode_block(block, codec, now_s=now_s)
+    loan = staging.borrow(PAGE_BYTES + pages(len(payload)))
+    end = PAGE_BYTES + len(payload)
+    loan.view[PAGE_BYTES:end] = payload
+    loan.view[end:] = bytes(len(loan.view) - end)
+    return Staged(header, loan)
+
+
+def _judge(name: bytes, header: Header, payload: memoryview) -> bytes:
+    check_payload(header, name, payload)
+    return header.digest
+
+
+def _place_of(entry: Entry) -> tuple[int, int, int]:
+    return entry.segment_id, entry.offset, entry.record_bytes
+
+
+def _groups(things: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """The things in their order, about `GROUP_BYTES` at a time."""
+    group: list[T] = []
+    group_bytes = 0
+    for thing in things:
+        group.append(thing)
+        group_bytes += size(thing)
+        if group_bytes >= GROUP_BYTES:
+            yield group
+            group, group_bytes = [], 0
+    if group:
+        yield group

@@ -4,24 +4,51 @@ Invariant: the index is prefix-closed. A block whose parent leaves takes its des
 because without their beginning nobody can use them.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 
-from kvstore.record import Header, Kind
-from kvstore.tiers.segment import record_bytes
+from kvstore.files import PAGE_BYTES
+from kvstore.record import Kind
+from kvstore.tiers.lineage import Member, with_descendants
+from kvstore.tiers.segment import pages
 from kvstore.tiers.segment_log import Found
 
+_NOWHERE = 0
+"""The segment of an entry that has left the index."""
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One block on disk."""
 
-    header: Header
-    segment_id: int
-    offset: int
-    used: bool = False
-    """Read, or needed by a new child, since it was written: worth writing forward."""
-    children: set[bytes] = field(default_factory=set)
+class Entry(Member):
+    """One block on disk. Made for a million of them: what can be read back is not kept."""
+
+    __slots__ = (
+        "block_bytes", "expires_s", "name", "page", "segment_id", "stored_bytes", "tag", "used",
+    )  # fmt: skip
+
+    def __init__(self, found: Found) -> None:
+        super().__init__()
+        self.name = found.name
+        self.tag = found.tag
+        self.block_bytes = found.block_bytes
+        self.used = False
+        """Read, or needed by a new child, since it was written: worth writing forward."""
+        self.move(found)
+
+    def move(self, found: Found) -> None:
+        """The block has a newer record."""
+        self.segment_id = found.segment_id
+        self.page = found.offset // PAGE_BYTES
+        self.stored_bytes = found.stored_bytes
+        self.expires_s = found.expires_s
+        self.used = False
+
+    @property
+    def offset(self) -> int:
+        """Where its record begins in its segment."""
+        return self.page * PAGE_BYTES
+
+    @property
+    def record_bytes(self) -> int:
+        """What its record takes in a segment."""
+        return PAGE_BYTES + pages(self.stored_bytes)
 
 
 class DiskIndex:
@@ -29,6 +56,12 @@ class DiskIndex:
 
     def __init__(self) -> None:
         self._entries: dict[bytes, Entry] = {}
+        self._tags: dict[bytes, bytes] = {}
+        """One object for each tag: many entries bear it."""
+        self._segments: dict[int, list[Entry]] = {}
+        """What was ever put into a segment; some of it has left since."""
+        self._heads: dict[bytes, set[Entry]] = {}
+        """Under each tag the entries whose parent is none of that tag; the others descend."""
         self.block_bytes = 0
 
     def __len__(self) -> int:
@@ -38,42 +71,63 @@ class DiskIndex:
         """The entry of a block that is here."""
         return self._entries.get(name)
 
-    def insert(self, header: Header, segment_id: int, offset: int) -> None:
+    def insert(self, found: Found) -> None:
         """Adds a block, or gives it its newer place. Its parent must be here."""
-        known = self._entries.get(header.name)
+        known = self._entries.get(found.name)
         if known is not None:
-            known.header, known.segment_id, known.offset = header, segment_id, offset
-            known.used = False
+            known.move(found)
+            self._segments.setdefault(found.segment_id, []).append(known)
             return
-        if header.parent is not None:
-            self._entries[header.parent].children.add(header.name)
-        self._entries[header.name] = Entry(header, segment_id, offset)
-        self.block_bytes += header.block_bytes
+        entry = self._entries[found.name] = Entry(found)
+        entry.tag = self._tags.setdefault(found.tag, found.tag)
+        if found.parent is not None:
+            self._entries[found.parent].adopt(entry)
+        if entry.above is None or entry.above.tag != entry.tag:
+            self._heads.setdefault(entry.tag, set()).add(entry)
+        self._segments.setdefault(found.segment_id, []).append(entry)
+        self.block_bytes += found.block_bytes
 
     def remove(self, names: Iterable[bytes]) -> int:
         """Forgets blocks and all that descends from them; how many there were."""
-        pending = [name for name in names if name in self._entries]
-        count = 0
-        while pending:
-            name = pending.pop()
-            entry = self._entries.pop(name, None)
-            if entry is None:
-                continue
-            count += 1
-            self.block_bytes -= entry.header.block_bytes
-            parent = self._entries.get(entry.header.parent) if entry.header.parent else None
-            if parent is not None:
-                parent.children.discard(name)
-            pending += entry.children
-        return count
+        leaving = with_descendants(
+            [entry for name in names if (entry := self._entries.get(name)) is not None]
+        )
+        for entry in reversed(leaving):
+            self._forget(entry)
+        return len(leaving)
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.name]
+        heads = self._heads.get(entry.tag)
+        if heads is not None:
+            heads.discard(entry)
+            if not heads:
+                del self._heads[entry.tag]
+                self._tags.pop(entry.tag, None)
+        entry.leave()
+        entry.segment_id = _NOWHERE
+        self.block_bytes -= entry.block_bytes
 
     def of_namespace(self, tag: bytes) -> list[bytes]:
-        """The names of all blocks under one tag."""
-        return [name for name, entry in self._entries.items() if entry.header.tag == tag]
+        """Names under one tag from which all others of it descend."""
+        return [entry.name for entry in self._heads.get(tag, ())]
 
     def in_segment(self, segment_id: int) -> list[Entry]:
         """The live blocks of one segment."""
-        return [entry for entry in self._entries.values() if entry.segment_id == segment_id]
+        ever = dict.fromkeys(self._segments.get(segment_id, ()))
+        return [entry for entry in ever if entry.segment_id == segment_id]
+
+    def by_segment(self) -> Iterator[Entry]:
+        """What is here now, segment by segment; blocks may come and go meanwhile."""
+        for segment_id in sorted(self._segments):
+            for entry in self.in_segment(segment_id):
+                if entry.segment_id == segment_id:
+                    yield entry
+
+    def drop_segment(self, segment_id: int) -> None:
+        """Forgets what lies in a segment, and all that descends from it."""
+        self.remove([entry.name for entry in self.in_segment(segment_id)])
+        self._segments.pop(segment_id, None)
 
     def worth_forwarding(self, segment_id: int, budget_bytes: int) -> list[Entry]:
         """What should be written again before a segment goes, parents first, within a budget.
@@ -81,86 +135,104 @@ class DiskIndex:
         That is what was used since it was written, what has descendants in other segments, and
         the ancestors of both inside the segment.
         """
-        chosen: dict[bytes, Entry] = {}
+        chosen: dict[Entry, None] = {}
         left_bytes = budget_bytes
         for entry in self.in_segment(segment_id):
-            if not entry.used and not self._has_child_elsewhere(entry):
+            if not entry.used and not _has_child_elsewhere(entry):
                 continue
-            line = self._line_in_segment(entry, chosen)
-            cost = sum(record_bytes(member.header) for member in line)
+            line = _line_in_segment(entry, chosen)
+            cost = sum(member.record_bytes for member in line)
             if cost <= left_bytes:
                 left_bytes -= cost
-                chosen.update((member.header.name, member) for member in line)
-        return list(chosen.values())
-
-    def _has_child_elsewhere(self, entry: Entry) -> bool:
-        children = (self._entries[name] for name in entry.children)
-        return any(child.segment_id != entry.segment_id for child in children)
-
-    def _line_in_segment(self, entry: Entry, chosen: dict[bytes, Entry]) -> list[Entry]:
-        line: list[Entry] = []
-        member: Entry | None = entry
-        while (
-            member is not None
-            and member.segment_id == entry.segment_id
-            and member.header.name not in chosen
-        ):
-            line.append(member)
-            parent = member.header.parent
-            member = self._entries[parent] if parent is not None else None
-        return line[::-1]
+                chosen.update(dict.fromkeys(line))
+        return list(chosen)
 
     def check(self) -> None:
         """Recomputes every invariant; AssertionError tells which one broke."""
-        total = 0
+        segments = {segment_id: set(ever) for segment_id, ever in self._segments.items()}
+        total = children = with_parent = 0
         for name, entry in self._entries.items():
-            total += entry.header.block_bytes
-            parent = entry.header.parent
-            if parent is not None:
-                assert parent in self._entries, "a block lies on disk without its parent"
-                assert name in self._entries[parent].children, "a parent does not know its child"
-            assert all(child in self._entries for child in entry.children), "a child is gone"
+            assert entry.name == name, "an entry under another name"
+            total += entry.block_bytes
+            above = entry.above
+            with_parent += above is not None
+            assert above is None or self._entries.get(above.name) is above, "a parent is gone"
+            for child in entry.children():
+                children += 1
+                assert child.above is entry, "a child has another parent"
+            is_head = above is None or above.tag != entry.tag
+            assert is_head == (entry in self._heads.get(entry.tag, ())), "heads are wrong"
+            assert entry in segments[entry.segment_id], "a segment does not know its block"
+        assert children == with_parent, "a parent does not know its child"
         assert total == self.block_bytes, f"block bytes {total}, counted {self.block_bytes}"
+
+
+def _has_child_elsewhere(entry: Entry) -> bool:
+    return any(child.segment_id != entry.segment_id for child in entry.children())
+
+
+def _line_in_segment(entry: Entry, chosen: dict[Entry, None]) -> list[Entry]:
+    line: list[Entry] = []
+    member: Entry | None = entry
+    while member is not None and member.segment_id == entry.segment_id and member not in chosen:
+        line.append(member)
+        member = member.above
+    return line[::-1]
 
 
 def survivors(records: Iterable[Found]) -> list[Found]:
     """The blocks that hold after a restart, parents first.
 
     Of several records of a block the latest counts; what was forgotten afterwards is gone, and so
-    is what has lost its parent.
+    is what has lost its parent. Where a forget record is missing, whatever is older may have been
+    what it forgot.
     """
     latest: dict[bytes, Found] = {}
-    for found in sorted(records, key=lambda found: found.header.sequence):
-        header = found.header
-        if header.kind is Kind.BLOCK:
-            latest[header.name] = found
-        elif header.kind is Kind.FORGET_BLOCK:
-            latest.pop(header.name, None)
+    forgotten: dict[bytes, int] = {}
+    cleared: dict[bytes, int] = {}
+    known: set[int] = set()
+    most = 0
+    for found in records:
+        most = max(most, found.forgets)
+        if found.kind is Kind.BLOCK:
+            earlier = latest.get(found.name)
+            if earlier is None or earlier.sequence <= found.sequence:
+                latest[found.name] = found
+            continue
+        known.add(found.forgets)
+        if found.kind is Kind.FORGET_BLOCK:
+            forgotten[found.name] = max(found.sequence, forgotten.get(found.name, 0))
         else:
-            for name in [n for n, f in latest.items() if f.header.tag == header.tag]:
-                del latest[name]
+            cleared[found.tag] = max(found.sequence, cleared.get(found.tag, 0))
+    while most in known:
+        most -= 1
+    # That one is missing. Where it went with an old segment, nothing older than it is left.
+    live = {
+        found.name: found
+        for found in latest.values()
+        if found.forgets >= most
+        and found.sequence >= forgotten.get(found.name, 0)
+        and found.sequence >= cleared.get(found.tag, 0)
+    }
     rooted: dict[bytes, Found] = {}
-    for found in latest.values():
-        rooted.update(_line_to_root(found, latest, rooted))
+    for found in live.values():
+        rooted.update(_line_to_root(found, live, rooted))
     return list(rooted.values())
 
 
 def _line_to_root(
-    found: Found, latest: dict[bytes, Found], rooted: dict[bytes, Found]
+    found: Found, live: dict[bytes, Found], rooted: dict[bytes, Found]
 ) -> dict[bytes, Found]:
     """The block and its ancestors down to a rooted one, parents first; empty for an orphan."""
-    line: list[Found] = []
-    seen: set[bytes] = set()
+    line: dict[bytes, Found] = {}
     member: Found | None = found
-    while member is not None and member.header.name not in rooted:
-        if member.header.name in seen:
+    while member is not None and member.name not in rooted:
+        if member.name in line:
             return {}
-        seen.add(member.header.name)
-        line.append(member)
-        parent = member.header.parent
-        if parent is None:
+        line[member.name] = member
+        if member.parent is None:
             break
-        member = latest.get(parent)
+        member = live.get(member.parent)
         if member is None:
             return {}
-    return {member.header.name: member for member in reversed(line)}
+    return dict(reversed(line.items()))

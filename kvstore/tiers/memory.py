@@ -5,29 +5,40 @@ unpin, coldest → evict. It decides and never waits. The asynchronous half make
 alone.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from kvstore.api.hint import ReuseHint
+from kvstore.api.clock import Clock
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Usage
-from kvstore.policy.policy import Policy
+from kvstore.policy.policy import Policy, Use
 from kvstore.tiers.arena import Arena
+from kvstore.tiers.lineage import Member, with_descendants
 from kvstore.tiers.slabs import Slabs
 
+SLABS_TO_TRY = 64
+"""So many of the coldest slabs are looked at for one that can be emptied."""
 
-@dataclass(slots=True, eq=False)
-class Slot:
+
+class Slot(Member):
     """A block's place in memory. `view` may be read while pinned, written until committed."""
 
-    ref: BlockRef
-    view: memoryview
-    offset: int
-    parent: BlockRef | None = None
-    digest: bytes = b""
-    pins: int = 0
-    indexed: bool = False
-    hint: ReuseHint | None = None
-    """What a caller last said of the block's future; evidence for the policy."""
+    __slots__ = ("_arena", "digest", "indexed", "offset", "parent", "pins", "ref", "size")
+
+    def __init__(self, ref: BlockRef, arena: Arena, offset: int, size: int) -> None:
+        super().__init__()
+        self.ref = ref
+        self.size = size
+        self.offset = offset
+        self.parent: BlockRef | None = None
+        self.digest = b""
+        self.pins = 0
+        self.indexed = False
+        self._arena = arena
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes of the block."""
+        return self._arena.view(self.offset, self.size)
 
 
 class Memory:
@@ -39,12 +50,19 @@ class Memory:
 
     name = "memory"
 
-    def __init__(self, capacity_bytes: int, slab_bytes: int, policy: Policy) -> None:
+    def __init__(
+        self, capacity_bytes: int, slab_bytes: int, policy: Policy[BlockRef], clock: Clock
+    ) -> None:
         self._arena = Arena(capacity_bytes)
         self._slabs = Slabs(capacity_bytes, slab_bytes)
         self._index: dict[BlockRef, Slot] = {}
         self._unindexed: set[Slot] = set()
+        self._orphans: dict[BlockRef, list[Slot]] = {}
+        """Slots whose parent is not in memory, by that parent."""
+        self._rows: list[list[Slot | None]] = [[] for _ in range(capacity_bytes // slab_bytes)]
+        """The slots of each slab."""
         self._policy = policy
+        self.clock = clock
 
     @property
     def capacity_bytes(self) -> int:
@@ -79,8 +97,10 @@ class Memory:
         offset = self._slabs.allocate(size)
         if offset is None:
             return None
-        slot = Slot(ref, self._arena.view(offset, size), offset)
+        slot = Slot(ref, self._arena, offset, size)
         self._unindexed.add(slot)
+        row, place = self._place(slot)
+        row[place] = slot
         return slot
 
     def commit(self, slot: Slot, parent: BlockRef | None, digest: bytes) -> Slot:
@@ -92,68 +112,135 @@ class Memory:
         slot.parent, slot.digest, slot.indexed = parent, digest, True
         self._unindexed.remove(slot)
         self._index[slot.ref] = slot
-        self._policy.insert(slot.ref)
+        self._relate(slot)
+        self._policy.insert(slot.ref, slot.parent, slot.size)
         return slot
 
     def abort(self, slot: Slot) -> None:
         """Gives a reserved slot back unused."""
         self._free(slot)
 
-    def coldest(self, size: int, least_bytes: int) -> list[Slot]:
+    def coldest(self, size: int, least_bytes: int, *, parents: bool = False) -> list[Slot]:
         """What should leave to make room for `size`, about `least_bytes`; [] if nothing can.
 
-        Slots of the class of `size` go first. If it has none, the slab of the coldest block of
-        any class is emptied, so that the slab can change its class.
+        Children stand before their parents. Slots of the class of `size` go first. Where all its
+        leaves are pinned, `parents` allows blocks whose children stay: they have to lie below.
+        If the class has none of either, the slab of the coldest block of any class is emptied, so
+        that it can change its class.
         """
+        return (
+            self._coldest_of_class(size, least_bytes, parents=False)
+            or (self._coldest_of_class(size, least_bytes, parents=True) if parents else [])
+            or self._coldest_slab()
+        )
+
+    def _coldest_of_class(self, size: int, least_bytes: int, *, parents: bool) -> list[Slot]:
         slot_bytes = self._slabs.slot_bytes(size)
         chosen: list[Slot] = []
-        for ref in self._policy.victims():
+        leaving: set[BlockRef] = set()
+        for ref in self._policy.victims(self.clock.monotonic_s()):
             slot = self._index[ref]
-            if not slot.pins and self._slabs.slot_bytes(len(slot.view)) == slot_bytes:
-                chosen.append(slot)
-                if len(chosen) * slot_bytes >= least_bytes:
-                    break
-        return chosen or self._coldest_slab()
+            if slot.pins or self._slabs.slot_bytes(slot.size) != slot_bytes:
+                continue
+            if not parents and any(child.ref not in leaving for child in slot.children()):
+                continue
+            chosen.append(slot)
+            leaving.add(ref)
+            if len(chosen) * slot_bytes >= least_bytes:
+                break
+        return chosen
 
     def _coldest_slab(self) -> list[Slot]:
-        """The blocks of one slab that can be emptied, the coldest of them; [] if none can."""
-        slots = [*self._index.values(), *self._unindexed]
-        busy = {self._slabs.slab_of(s.offset) for s in slots if s.pins or not s.indexed}
-        for ref in self._policy.victims():
+        """The blocks of one slab and what descends from them, if all that can leave; or []."""
+        tried: set[int] = set()
+        for ref in self._policy.victims(self.clock.monotonic_s()):
             slab = self._slabs.slab_of(self._index[ref].offset)
-            if slab not in busy:
-                return [s for s in slots if self._slabs.slab_of(s.offset) == slab]
+            if slab in tried:
+                continue
+            tried.add(slab)
+            slots = [slot for slot in self._rows[slab] if slot is not None]
+            if all(slot.indexed for slot in slots):
+                leaving = with_descendants(slots)
+                if not any(slot.pins for slot in leaving):
+                    return leaving[::-1]
+            if len(tried) == SLABS_TO_TRY:
+                break
         return []
 
     def evict(self, slot: Slot) -> None:
         """Forgets a block; its slot is free at once, or with the last pin."""
-        if slot.indexed:
-            del self._index[slot.ref]
-            self._policy.remove(slot.ref)
-            slot.indexed = False
-            self._unindexed.add(slot)
-            if not slot.pins:
-                self._free(slot)
+        if not slot.indexed:
+            return
+        self._part(slot)
+        del self._index[slot.ref]
+        self._policy.remove(slot.ref)
+        slot.indexed = False
+        self._unindexed.add(slot)
+        if not slot.pins:
+            self._free(slot)
 
-    def touch(self, chain: Sequence[BlockRef], hint: ReuseHint | None = None) -> None:
-        """Blocks were used, given parents first, perhaps with a hint of what comes next."""
-        self._policy.touch(chain)
-        self.note(chain, hint)
+    def forget(self, slots: Iterable[Slot]) -> int:
+        """Evicts blocks and all that descends from them; how many there were."""
+        leaving = with_descendants(slots)
+        for slot in reversed(leaving):
+            self.evict(slot)
+        return len(leaving)
 
-    def note(self, chain: Sequence[BlockRef], hint: ReuseHint | None) -> None:
-        """Records a hint with the blocks of a chain that are here."""
-        if hint is not None:
-            for ref in chain:
-                slot = self._index.get(ref)
-                if slot is not None:
-                    slot.hint = hint
+    def use(self, use: Use[BlockRef]) -> None:
+        """Tells the policy of a request: its whole chain, whether here or not."""
+        self._policy.use(use)
+
+    def expect(self, use: Use[BlockRef]) -> None:
+        """Tells the policy what is about to be written, as far as no request has yet."""
+        unknown = [ref for ref in use.chain if ref not in self._policy]
+        if unknown:
+            self._policy.use(replace(use, chain=unknown))
+
+    def advise(self, use: Use[BlockRef]) -> None:
+        """Tells the policy what a caller says of a chain's future."""
+        self._policy.advise(use)
 
     def slots(self) -> list[Slot]:
         """All findable slots, the one to evict first at the front."""
-        return [self._index[ref] for ref in self._policy.victims()]
+        return [self._index[ref] for ref in self._policy.victims(self.clock.monotonic_s())]
+
+    def _place(self, slot: Slot) -> tuple[list[Slot | None], int]:
+        """Where a slot stands among those of its slab."""
+        slot_bytes = self._slabs.slot_bytes(slot.size)
+        slab, within = divmod(slot.offset, self._slabs.slab_bytes)
+        slots = self._slabs.slab_bytes // slot_bytes
+        if len(self._rows[slab]) != slots:  # It was of another class, and is empty.
+            self._rows[slab] = [None] * slots
+        return self._rows[slab], within // slot_bytes
+
+    def _relate(self, slot: Slot) -> None:
+        """Finds the relatives of a block that has come."""
+        above = self._index.get(slot.parent) if slot.parent is not None else None
+        if above is not None:
+            slot.parent = above.ref  # One object for each name: there are many of them.
+            above.adopt(slot)
+        elif slot.parent is not None:
+            self._orphans.setdefault(slot.parent, []).append(slot)
+        for child in self._orphans.pop(slot.ref, ()):
+            child.parent = slot.ref
+            slot.adopt(child)
+
+    def _part(self, slot: Slot) -> None:
+        """Takes a block that leaves from its relatives."""
+        if slot.above is None and slot.parent is not None:
+            waiting = self._orphans[slot.parent]
+            waiting.remove(slot)
+            if not waiting:
+                del self._orphans[slot.parent]
+        slot.leave()
+        for child in list(slot.children()):
+            child.leave()
+            self._orphans.setdefault(slot.ref, []).append(child)
 
     def _free(self, slot: Slot) -> None:
         self._unindexed.remove(slot)
+        row, place = self._place(slot)
+        row[place] = None
         self._slabs.free(slot.offset)
 
     # The tier.
@@ -165,21 +252,20 @@ class Memory:
         return [ref not in self._index for ref in refs]
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
-        self.touch([load.ref for load in loads])
+        self.use(Use([load.ref for load in loads], self.clock.monotonic_s()))
         return [self.read(load) for load in loads]
 
     def read(self, load: Load) -> Loaded | None:
         """Copies a block out, if it is here and as long as the buffer."""
         slot = self._index.get(load.ref)
-        if slot is None or len(slot.view) != len(load.into):
+        if slot is None or slot.size != len(load.into):
             return None
         load.into[:] = slot.view
         return Loaded(self.name, slot.digest)
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
-        held = [self._write(block) for block in blocks]
-        self.touch([block.ref for block in blocks])
-        return held
+        self.expect(Use([block.ref for block in blocks], self.clock.monotonic_s()))
+        return [self._write(block) for block in blocks]
 
     def _write(self, block: Block) -> bool:
         if block.ref in self._index:
@@ -197,10 +283,7 @@ class Memory:
         return True
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        here = [self._index[ref] for ref in refs if ref in self._index]
-        for slot in here:
-            self.evict(slot)
-        return len(here)
+        return self.forget([self._index[ref] for ref in refs if ref in self._index])
 
     async def clear(self, namespace: bytes) -> int:
         return await self.discard([ref for ref in self._index if ref.namespace == namespace])
@@ -212,14 +295,31 @@ class Memory:
     async def close(self) -> None:
         self._index.clear()
         self._unindexed.clear()
+        self._orphans.clear()
+        self._rows.clear()
         self._arena.close()
 
     def check(self) -> None:
         """Recomputes every invariant; AssertionError tells which one broke."""
         self._slabs.check()
-        assert set(self._policy.victims()) == set(self._index), "policy and index differ"
+        victims = list(self._policy.victims(self.clock.monotonic_s()))
+        assert len(victims) == len(self._policy) == len(self._index), "policy and index differ"
+        assert set(victims) == set(self._index), "policy and index differ"
         taken = [*self._index.values(), *self._unindexed]
         assert len({slot.offset for slot in taken}) == len(taken), "slot used twice"
-        used = sum(self._slabs.slot_bytes(len(slot.view)) for slot in taken)
+        used = sum(self._slabs.slot_bytes(slot.size) for slot in taken)
         assert used == self._slabs.used_bytes, "bytes lost"
         assert all(slot.indexed for slot in self._index.values()), "index holds a forgotten slot"
+        for slot in taken:
+            row, place = self._place(slot)
+            assert row[place] is slot, "a slab does not know its slot"
+        self._check_relatives()
+
+    def _check_relatives(self) -> None:
+        for slot in self._index.values():
+            above = self._index.get(slot.parent) if slot.parent is not None else None
+            assert slot.above is above, "a block and its parent do not know each other"
+            assert all(child.above is slot for child in slot.children()), "a child is astray"
+            waits = slot.parent is not None and above is None
+            assert waits == (slot in self._orphans.get(slot.parent or slot.ref, ())), "not waiting"
+        assert all(self._orphans.values()), "a parent is waited for by nobody"

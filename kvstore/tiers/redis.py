@@ -153,14 +153,24 @@ class RedisTier:
         await self._redis.aclose()
 
     async def _parts_of(self, refs: Sequence[BlockRef]) -> list[int]:
-        """How many parts each block has; 0 where it is not here, or not as it was written."""
+        """How many parts each block has; 0 where it is not here, or not as it was written.
+
+        What a header says is believed only where the last part lies where it then has to: a
+        length that nobody wrote must not make this go through millions of keys.
+        """
         pipeline = self._redis.pipeline(transaction=False)
         for ref in refs:
             pipeline.strlen(_key(ref, 0))
             pipeline.getrange(_key(ref, 0), 0, HEADER_BYTES - 1)
         found = await _ask(pipeline.execute()) if refs else []
         headers = [self._header(first) for first in found[1::2]]
-        return [_parts(h, size) if h else 0 for h, size in zip(headers, found[::2], strict=True)]
+        parts = [_parts(h, size) if h else 0 for h, size in zip(headers, found[::2], strict=True)]
+        pipeline = self._redis.pipeline(transaction=False)
+        for ref, count in zip(refs, parts, strict=True):
+            if count > 1:
+                pipeline.exists(_key(ref, count - 1))
+        ends = iter(await _ask(pipeline.execute()) if any(count > 1 for count in parts) else [])
+        return [count if count < 2 or next(ends) else 0 for count in parts]
 
     async def _unlink(self, keys: list[bytes]) -> int:
         """Deletes keys and counts the blocks among them (each has one part 0)."""

@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 import xxhash
 
-from kvstore.files import Files
+from kvstore.files import PAGE_BYTES, Files
 from kvstore.record import HEADER_BYTES, Damaged, Header
-
-PAGE_BYTES = 4096
+from kvstore.staging import Staging
 
 _FIRST = struct.Struct("<8sIQ")
 _FIRST_MAGIC = b"KVSTSEG1"
@@ -29,6 +28,8 @@ _LAST = struct.Struct("<8sQQ16s")
 _LAST_MAGIC = b"KVSTEND1"
 _ENTRY = struct.Struct(f"<Q{HEADER_BYTES}s")
 _VERSION = 1
+SCAN_BYTES = 1 << 20
+"""Segments without footer are looked through in such steps."""
 _NAME = re.compile(r"([0-9a-f]{16})\.segment")
 
 
@@ -70,16 +71,9 @@ def pack_first_page(segment_id: int) -> bytes:
     return (body + xxhash.xxh3_128_digest(body)).ljust(PAGE_BYTES, b"\0")
 
 
-def check_first_page(page: bytes, segment_id: int) -> None:
-    """Raises Damaged unless the page begins this segment."""
-    if page != pack_first_page(segment_id):
-        raise Damaged("segment: its first page is not as written")
-
-
-def pack_record(header: Header, payload: memoryview | bytes) -> list[bytes | memoryview]:
-    """The pages of a record, as buffers to be written one behind the other."""
-    padding = bytes(pages(len(payload)) - len(payload))
-    return [header.pack().ljust(PAGE_BYTES, b"\0"), payload, padding]
+def pack_header_page(header: Header) -> bytes:
+    """The page that begins a record."""
+    return header.pack().ljust(PAGE_BYTES, b"\0")
 
 
 def pack_footer(records: list[Placed]) -> bytes:
@@ -90,39 +84,97 @@ def pack_footer(records: list[Placed]) -> bytes:
     return entries.ljust(pages(len(entries)), b"\0") + last.ljust(PAGE_BYTES, b"\0")
 
 
-def read_footer(files: Files, handle: int) -> list[Placed] | None:
+def write_pages(files: Files, handle: int, packed: bytes, offset: int, staging: Staging) -> None:
+    """Writes whole pages that lie anywhere in memory."""
+    with staging.lent(len(packed)) as buffer:
+        buffer[:] = packed
+        files.write(handle, buffer, offset)
+
+
+def check_first_page(files: Files, handle: int, segment_id: int, staging: Staging) -> bool:
+    """Whether the file begins as this segment. Raises Damaged if another version wrote it.
+
+    Where it does not, its records still speak for themselves.
+    """
+    with staging.lent(PAGE_BYTES) as page:
+        count = files.read_into(handle, page, 0)
+        first = bytes(page[:count])
+    if first == pack_first_page(segment_id):
+        return True
+    if count == PAGE_BYTES:
+        body, digest = first[: _FIRST.size], first[_FIRST.size : _FIRST.size + 16]
+        magic, version, _ = _FIRST.unpack(body)
+        known = magic == _FIRST_MAGIC and version == _VERSION
+        if digest == xxhash.xxh3_128_digest(body) and not known:
+            raise Damaged(f"segment: written by another version ({version})")
+    return False
+
+
+def read_footer(files: Files, handle: int, staging: Staging) -> list[Placed] | None:
     """The records that the footer names; None where there is no intact footer."""
     size = files.size_bytes(handle)
     if size < 2 * PAGE_BYTES or size % PAGE_BYTES:
         return None
-    last = files.read(handle, _LAST.size, size - PAGE_BYTES)
-    magic, count, length, digest = _LAST.unpack(last)
+    with staging.lent(PAGE_BYTES) as page:
+        if files.read_into(handle, page, size - PAGE_BYTES) != PAGE_BYTES:
+            return None
+        magic, count, length, digest = _LAST.unpack(page[: _LAST.size])
     if magic != _LAST_MAGIC or length != count * _ENTRY.size or footer_bytes(count) > size:
         return None
-    entries = files.read(handle, length, size - footer_bytes(count))
-    if len(entries) != length or xxhash.xxh3_128_digest(entries) != digest:
-        return None
-    try:
-        return [Placed(at, Header.unpack(packed)) for at, packed in _ENTRY.iter_unpack(entries)]
-    except Damaged:
-        return None
+    with staging.lent(pages(length)) as footer:
+        there = files.read_into(handle, footer, size - footer_bytes(count))
+        entries = footer[:length]
+        if there < length or xxhash.xxh3_128_digest(entries) != digest:
+            return None
+        try:
+            records = [
+                Placed(at, Header.unpack(packed)) for at, packed in _ENTRY.iter_unpack(entries)
+            ]
+        except Damaged:
+            return None
+    end = size - footer_bytes(count)
+    return records if all(_lies_before(end, place) for place in records) else None
 
 
-def scan(files: Files, handle: int) -> Iterator[Placed]:
+def _lies_before(end: int, place: Placed) -> bool:
+    """Whether a record can lie where a footer says."""
+    at = place.offset
+    return at >= PAGE_BYTES and at % PAGE_BYTES == 0 and at + record_bytes(place.header) <= end
+
+
+def scan(files: Files, handle: int, staging: Staging) -> Iterator[Placed]:
     """The intact records of a segment without footer, in order; damaged stretches are passed over.
 
     A record counts only if its payload has its digest: the tail of a crash may be torn anywhere.
     """
     size = files.size_bytes(handle)
     offset = PAGE_BYTES
-    while offset + PAGE_BYTES <= size:
-        try:
-            header = Header.unpack(files.read(handle, HEADER_BYTES, offset))
-            payload = files.read(handle, header.stored_bytes, offset + PAGE_BYTES)
-            if xxhash.xxh3_128_digest(payload) != header.payload_digest:
-                raise Damaged("record: torn")
-        except Damaged:
-            offset += PAGE_BYTES
-            continue
-        yield Placed(offset, header)
-        offset += record_bytes(header)
+    with staging.lent(SCAN_BYTES) as window:
+        begins = ends = 0  # What of the file is in the window.
+        while offset + PAGE_BYTES <= size:
+            if not begins <= offset <= ends - PAGE_BYTES:
+                begins, ends = offset, offset + files.read_into(handle, window, offset)
+                if ends < offset + PAGE_BYTES:
+                    return
+            try:
+                header = Header.unpack(window[offset - begins : offset - begins + HEADER_BYTES])
+            except Damaged:
+                offset += PAGE_BYTES
+                continue
+            place = Placed(offset, header)
+            if is_intact(files, handle, place, size, staging):
+                yield place
+                offset += record_bytes(header)
+            else:
+                offset += PAGE_BYTES
+
+
+def is_intact(files: Files, handle: int, place: Placed, size: int, staging: Staging) -> bool:
+    """Whether the payload behind a header is there and has its digest; `size`: of the file."""
+    start, length = place.offset + PAGE_BYTES, place.header.stored_bytes
+    if start + length > size:
+        return False
+    with staging.lent(pages(length)) as payload:
+        there = files.read_into(handle, payload[: pages(length)], start)
+        digest = xxhash.xxh3_128_digest(payload[:length])
+        return there >= length and digest == place.header.payload_digest

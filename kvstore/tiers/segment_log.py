@@ -1,42 +1,63 @@
 """The files of the disk tier: one open segment that is appended to, and sealed ones.
 
-Plain blocking code; `DiskTier` calls it through its runner, one writer at a time. Reads may come
+Plain blocking code; `DiskTier` calls it through its runner. One change of the log happens at a
+time, but the records of one change may be written by several threads at once, and reads may come
 from any thread.
 """
 
 import contextlib
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvstore.files import Files
+from kvstore.files import PAGE_BYTES, Files
 from kvstore.record import Damaged, Header, Kind
+from kvstore.staging import Staging
 from kvstore.tiers.segment import (
-    PAGE_BYTES,
     Placed,
     check_first_page,
     file_name,
     footer_bytes,
     pack_first_page,
     pack_footer,
-    pack_record,
     read_footer,
     record_bytes,
     scan,
     segment_ids,
+    write_pages,
 )
 
 _log = logging.getLogger("kvstore.disk")
 
 LEAST_SEGMENTS = 4
+UNOPENED = -1
+"""The handle of a segment that cannot be opened, and still takes its room."""
 
 
 class Found(NamedTuple):
-    """A record that an earlier run left."""
+    """What is remembered of a record that an earlier run left."""
 
-    header: Header
+    kind: Kind
+    sequence: int
+    forgets: int
+    name: bytes
+    parent: bytes | None
+    tag: bytes
+    block_bytes: int
+    stored_bytes: int
+    expires_s: int
     segment_id: int
     offset: int
+
+    @classmethod
+    def of(cls, place: Placed, segment_id: int) -> "Found":
+        """A record where it lies."""
+        h = place.header
+        return cls(
+            h.kind, h.sequence, h.forgets, h.name, h.parent, h.tag, h.block_bytes, h.stored_bytes,
+            h.expires_s, segment_id, place.offset,
+        )  # fmt: skip
 
 
 class SegmentLog:
@@ -52,9 +73,11 @@ class SegmentLog:
         capacity_bytes: int,
         segment_bytes: int,
         on_sealed: Callable[[int, int, int], None],
+        staging: Staging,
     ) -> None:
         assert capacity_bytes >= LEAST_SEGMENTS * segment_bytes
         self._files = files
+        self._staging = staging
         self.capacity_bytes = capacity_bytes
         self.segment_bytes = segment_bytes
         self._on_sealed = on_sealed
@@ -62,8 +85,17 @@ class SegmentLog:
         self._sizes: dict[int, int] = {}
         self._records: list[Placed] = []
         self._safe_records = 0
+        """How many of the records were announced, or never will be."""
+        self._placed = 0
+        """How many records have a place in the open segment and are being written."""
         self._open_id = 0
-        self._last_id = 0
+        self.last_id = 0
+        """The newest segment that there ever was, as far as is known."""
+        self.unread_id = 0
+        """The newest that could not be read at the start; 0: none."""
+        self._doubtful = False
+        """A sync of the open segment has failed."""
+        self._dropped: list[int] = []
 
     @property
     def count(self) -> int:
@@ -89,36 +121,41 @@ class SegmentLog:
         if not self._open_id:
             return False
         size = self._sizes[self._open_id] + sum(map(record_bytes, headers))
-        return size + footer_bytes(len(self._records) + len(headers)) <= self.segment_bytes
+        records = len(self._records) + self._placed + len(headers)
+        return size + footer_bytes(records) <= self.segment_bytes
 
     def place(self, header: Header) -> Placed:
-        """Takes the next stretch of the open segment for a record."""
+        """Takes the next stretch of the open segment for a record, to be written, then kept."""
         place = Placed(self._sizes[self._open_id], header)
         self._sizes[self._open_id] += record_bytes(header)
+        self._placed += 1
         return place
 
-    def write(self, place: Placed, payload: memoryview | bytes) -> None:
-        """Writes a record where `place` says. If that fails, the stretch is free again."""
-        try:
-            self._write(self._open_id, pack_record(place.header, payload), place.offset)
-        except OSError:
-            self._sizes[self._open_id] = place.offset
-            raise
-        self._records.append(place)
+    def write(self, place: Placed, pages: memoryview) -> None:
+        """Writes a whole record where `place` says; may run beside other writes."""
+        self._files.write(self._handles[self._open_id], pages, place.offset)
 
-    def _write(self, segment_id: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-        """Writes at the end of a segment, or leaves it as it was."""
-        handle = self._handles[segment_id]
-        try:
-            self._files.write(handle, buffers, offset)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._files.truncate(handle, offset)
-            raise
+    def keep(self, written: Sequence[Placed]) -> None:
+        """What was placed is over: `written`, in order, are the records that lie there now.
 
-    def read(self, segment_id: int, size: int, offset: int) -> bytes:
-        """Bytes of a segment. KeyError if it was dropped."""
-        return self._files.read(self._handles[segment_id], size, offset)
+        Behind the last of them the stretch is free again; a gap before it stays empty.
+        """
+        self._placed = 0
+        self._records += written
+        last = self._records[-1] if self._records else None
+        end = last.offset + record_bytes(last.header) if last is not None else PAGE_BYTES
+        if end < self._sizes[self._open_id]:
+            self._cut(self._open_id, end)
+
+    def _cut(self, segment_id: int, end: int) -> None:
+        """Gives back what lies behind `end`; where that fails it still counts."""
+        with contextlib.suppress(OSError):
+            self._files.truncate(self._handles[segment_id], end)
+            self._sizes[segment_id] = end
+
+    def read_into(self, segment_id: int, pages: memoryview, offset: int) -> int:
+        """Bytes of a segment; how many came. KeyError if it was dropped."""
+        return self._files.read_into(self._handles[segment_id], pages, offset)
 
     def roll(self) -> None:
         """Seals the open segment and begins the next."""
@@ -126,17 +163,17 @@ class SegmentLog:
         if self._open_id:
             return  # Nothing was written to it: it serves on.
         self._drop_what_is_too_much()  # What was surplus earlier and could not be deleted.
-        segment_id = self._last_id = self._last_id + 1
+        segment_id = self.last_id = self.last_id + 1
         handle = self._files.open(file_name(segment_id), create=True)
-        try:
-            self._files.write(handle, [pack_first_page(segment_id)], 0)
-        except OSError:
-            self._files.close(handle)
-            self._files.remove(file_name(segment_id))
-            raise
         self._handles[segment_id] = handle
         self._sizes[segment_id] = PAGE_BYTES
-        self._open_id = segment_id
+        try:
+            write_pages(self._files, handle, pack_first_page(segment_id), 0, self._staging)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._remove(segment_id)
+            raise
+        self._open_id, self._doubtful = segment_id, False
 
     def sync(self) -> None:
         """Returns when all records are on the device; the open segment stays open.
@@ -145,9 +182,22 @@ class SegmentLog:
         room with nearly empty segments wherever little is written.
         """
         if len(self._records) > self._safe_records:
-            self._files.sync(self._handles[self._open_id])
+            self._sync(self._open_id)
             self._announce(self._open_id, self._records[self._safe_records :])
             self._safe_records = len(self._records)
+
+    def _sync(self, segment_id: int) -> None:
+        """After a failure nobody is told that these records are safe, whatever a later one says.
+
+        The kernel may have given up the pages, and then has nothing to fail with again.
+        """
+        try:
+            self._files.sync(self._handles[segment_id])
+        except OSError:
+            if segment_id == self._open_id:
+                self._safe_records = len(self._records)
+                self._doubtful = True
+            raise
 
     def _seal_if_written(self) -> None:
         if not self._open_id or not self._records:
@@ -156,6 +206,7 @@ class SegmentLog:
         self._seal(segment_id, records)
         self._announce(segment_id, records[self._safe_records :])
         self._open_id, self._records, self._safe_records = 0, [], 0
+        self._doubtful = False
 
     def surplus(self) -> int | None:
         """The oldest segment, if it must go so that the open and the next one have their room."""
@@ -170,43 +221,88 @@ class SegmentLog:
         """Deletes a sealed segment, once what was written forward from it is on the device."""
         assert segment_id != self._open_id
         self.sync()
+        if self._doubtful:
+            raise OSError(errno.EIO, "what was written forward may not be on the device")
+        self._remove(segment_id)
+
+    def _remove(self, segment_id: int) -> None:
         self._files.remove(file_name(segment_id))
-        self._files.close(self._handles.pop(segment_id))
+        self._dropped.append(segment_id)
         del self._sizes[segment_id]
+        self._close(self._handles.pop(segment_id))
+
+    def take_dropped(self) -> list[int]:
+        """The segments that are gone since the last call: nothing may point into them."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def _close(self, handle: int) -> None:
+        """A handle is gone whatever its closing says."""
+        if handle != UNOPENED:
+            with contextlib.suppress(OSError):
+                self._files.close(handle)
 
     def recover(self) -> list[Found]:
         """The intact records of all segments; unsealed ones are cut behind the last and sealed.
 
-        A segment that does not begin as it was written, or was written by another version, is
-        deleted; files with other names are left alone.
+        A segment without a single record, or of another version, is deleted; files with other
+        names are left alone. A damaged first page costs nothing: what was forgotten in a segment
+        must not come back with it.
         """
         found: list[Found] = []
-        for segment_id in segment_ids(self._files.names()):
-            self._last_id = segment_id
-            handle = self._files.open(file_name(segment_id), create=False)
-            try:
-                records = self._recover_segment(segment_id, handle)
-            except Damaged as error:
-                _log.warning("segment %d is dropped: %s", segment_id, error)
-                self._files.close(handle)
-                self._files.remove(file_name(segment_id))
-                continue
-            except OSError as error:
-                # It counts and is dropped in its turn; the other segments are served meanwhile.
-                _log.warning("segment %d cannot be read: %s", segment_id, error)
-                self._handles[segment_id] = handle
-                self._sizes[segment_id] = self.segment_bytes
-                continue
-            found += [Found(record.header, segment_id, record.offset) for record in records]
-        self._drop_what_is_too_much()
+        try:
+            for segment_id in segment_ids(self._files.names()):
+                self.last_id = segment_id
+                self._admit(segment_id)
+            self._drop_what_is_too_much()  # First: sealing what is left takes room as well.
+            for segment_id in sorted(self._handles):
+                found += self._recover_or_keep(segment_id)
+            self._drop_what_is_too_much()
+        except BaseException:
+            self._close_all()
+            raise
         return [record for record in found if record.segment_id in self._handles]
 
+    def _admit(self, segment_id: int) -> None:
+        """Opens a segment and counts it; as a full one where that cannot be done."""
+        self._handles[segment_id] = UNOPENED
+        self._sizes[segment_id] = self.segment_bytes
+        with contextlib.suppress(OSError):
+            handle = self._handles[segment_id] = self._files.open(
+                file_name(segment_id), create=False
+            )
+            self._sizes[segment_id] = self._files.size_bytes(handle)
+
+    def _recover_or_keep(self, segment_id: int) -> list[Found]:
+        """The records of a segment. Without any it is deleted, if it can be."""
+        for attempt in (1, 2):
+            try:
+                if self._handles[segment_id] == UNOPENED:
+                    name = file_name(segment_id)
+                    self._handles[segment_id] = self._files.open(name, create=False)
+                records = self._recover_segment(segment_id, self._handles[segment_id])
+                return [Found.of(record, segment_id) for record in records]
+            except Damaged as error:
+                _log.warning("segment %d is dropped: %s", segment_id, error)
+                with contextlib.suppress(OSError):
+                    self._remove(segment_id)
+                break
+            except OSError as error:
+                # It is dropped in its turn; the other segments are served meanwhile.
+                _log.warning("segment %d cannot be read: %s", segment_id, error)
+                if attempt == 2:
+                    self.unread_id = segment_id
+        return []
+
     def _recover_segment(self, segment_id: int, handle: int) -> list[Placed]:
-        check_first_page(self._files.read(handle, PAGE_BYTES, 0), segment_id)
-        self._handles[segment_id] = handle
-        records = read_footer(self._files, handle)
+        intact = check_first_page(self._files, handle, segment_id, self._staging)
+        if not intact:
+            _log.warning("segment %d: its first page is not as written", segment_id)
+        records = read_footer(self._files, handle, self._staging)
         if records is None:
-            records = list(scan(self._files, handle))
+            records = list(scan(self._files, handle, self._staging))
+            if not records and not intact:
+                raise Damaged("segment: nothing in it is as written")
             end = max((r.offset + record_bytes(r.header) for r in records), default=PAGE_BYTES)
             self._sizes[segment_id] = end
             try:
@@ -225,14 +321,14 @@ class SegmentLog:
 
     def _seal(self, segment_id: int, records: list[Placed]) -> None:
         footer, end = pack_footer(records), self._sizes[segment_id]
-        self._write(segment_id, [footer], end)
-        try:
-            self._files.sync(self._handles[segment_id])
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._files.truncate(self._handles[segment_id], end)
-            raise
+        handle = self._handles[segment_id]
         self._sizes[segment_id] = end + len(footer)
+        try:
+            write_pages(self._files, handle, footer, end, self._staging)
+            self._sync(segment_id)
+        except OSError:
+            self._cut(segment_id, end)
+            raise
 
     def _announce(self, segment_id: int, records: Sequence[Placed]) -> None:
         blocks = [place.header for place in records if place.header.kind is Kind.BLOCK]
@@ -244,13 +340,16 @@ class SegmentLog:
         try:
             self._seal_if_written()
         finally:
-            for handle in self._handles.values():
-                self._files.close(handle)
-            self._handles.clear()
+            self._close_all()
+
+    def _close_all(self) -> None:
+        for handle in self._handles.values():
+            self._close(handle)
+        self._handles.clear()
 
     def check(self) -> None:
         """Recomputes every invariant; AssertionError tells which one broke."""
         assert self.used_bytes <= self.capacity_bytes, "more bytes than capacity"
         for segment_id, handle in self._handles.items():
-            size = self._files.size_bytes(handle)
+            size = self._files.size_bytes(handle) if handle != UNOPENED else 0
             assert size <= self._sizes[segment_id], f"segment {segment_id} is longer than counted"

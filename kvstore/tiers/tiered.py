@@ -1,15 +1,18 @@
 """Memory over a slower tier, as one tier.
 
 What memory evicts is demoted; what a match finds below is promoted. Demotion writes a block's
-ancestors before the block, so that whatever lies below can be matched from its start.
+ancestors before the block, so that whatever lies below can be matched from its start. Children
+leave memory before their parents, so that whatever lies here or below can be matched as well.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Tier, Usage
 from kvstore.metrics import Metrics
+from kvstore.policy.policy import Use
+from kvstore.tiers.lending import Lending, Lent
 from kvstore.tiers.memory import Memory, Slot
 
 BATCH_BYTES = 64 << 20
@@ -41,7 +44,8 @@ class Tiered:
 
     def __init__(self, memory: Memory, slow: Tier | None, metrics: Metrics) -> None:
         self.memory = memory
-        self._slow = slow
+        keep_bytes = min(memory.capacity_bytes // 16, BATCH_BYTES)
+        self._slow = Lending(slow, metrics, keep_bytes=keep_bytes) if slow is not None else None
         self._metrics = metrics
         self._promoting: dict[BlockRef, asyncio.Task[dict[BlockRef, Acquired]]] = {}
         self._making_room = asyncio.Lock()
@@ -70,6 +74,7 @@ class Tiered:
         return answers
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
+        self.memory.expect(Use([block.ref for block in blocks], self.memory.clock.monotonic_s()))
         held = []
         for block in blocks:
             slot = await self.reserve(block.ref, len(block.data))
@@ -77,7 +82,6 @@ class Tiered:
                 slot.view[:] = block.data
                 self.memory.commit(slot, block.parent, block.digest)
             held.append(slot is not None)
-        self.memory.touch([block.ref for block in blocks])
         return held
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
@@ -108,7 +112,9 @@ class Tiered:
             return slot
         async with self._making_room:
             while (slot := self.memory.reserve(ref, size)) is None:
-                victims = self.memory.coldest(size, self._demote_bytes)
+                victims = self.memory.coldest(
+                    size, self._demote_bytes, parents=self._slow is not None
+                )
                 if not victims or not await self._demote(victims):
                     return None
         return slot
@@ -136,6 +142,19 @@ class Tiered:
             raise
         # A promoted block carries one pin: a second place that asks for it needs its own.
         return [promoted.pop(want.ref, None) or self.pin(want) for want in wants]
+
+    def promoting(self, ref: BlockRef) -> bool:
+        """Whether the block is on its way into memory: `acquire` then begins nothing for it."""
+        return ref in self._promoting
+
+    def at_hand(self, ref: BlockRef) -> bool:
+        """Whether the block can be had without another read of a slower tier."""
+        here = self.memory.find(ref) is not None or self.promoting(ref)
+        return here or (self._slow is not None and self._slow.lends(ref))
+
+    async def lend(self, sizes: Mapping[BlockRef, int]) -> dict[BlockRef, Lent]:
+        """Blocks from below, of these sizes, for who does not know their chain."""
+        return await self._slow.lend(sizes) if self._slow is not None else {}
 
     def pin(self, want: Want) -> Acquired | None:
         """The block, pinned, if it is in memory now."""
@@ -169,7 +188,13 @@ class Tiered:
         # Under the lock nothing is being demoted: what memory forgets does not turn up below.
         async with self._making_room:
             copies = await forget(self.memory)
-            return copies + (await forget(self._slow) if self._slow is not None else 0)
+            if self._slow is None:
+                return copies
+            try:
+                copies += await forget(self._slow)
+            finally:
+                copies += await forget(self.memory)  # What a promotion has brought up meanwhile.
+            return copies
 
     def _start_promotion(self, wants: list[Want]) -> "asyncio.Task[dict[BlockRef, Acquired]]":
         promotion = asyncio.create_task(self._promote(wants))
@@ -224,13 +249,14 @@ class Tiered:
         finally:
             for slot in victims:
                 self.memory.unpin(slot)
-        # Somebody may have pinned a victim while it was being written: that one stays.
-        gone = [slot for slot in victims if slot.indexed and not slot.pins]
-        for slot in gone:
-            fate = "demoted" if slot.ref in held else "dropped"
-            self._metrics.evicted_blocks.labels(fate).inc()
-            self.memory.evict(slot)
-        return bool(gone) or any(not slot.indexed for slot in victims)
+        # Somebody may have pinned a victim while it was being written: that one stays. So does
+        # one whose children stay and which does not lie below: they would be of no use.
+        for slot in victims:
+            if slot.indexed and not slot.pins and (slot.first is None or slot.ref in held):
+                fate = "demoted" if slot.ref in held else "dropped"
+                self._metrics.evicted_blocks.labels(fate).inc()
+                self.memory.evict(slot)
+        return any(not slot.indexed for slot in victims)
 
     async def _write_below(self, slots: Sequence[Slot]) -> set[BlockRef]:
         """Stores slots and the ancestors that are missing below; the refs that lie there now."""

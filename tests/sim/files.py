@@ -75,12 +75,15 @@ class SimulatedFiles:
     def size_bytes(self, handle: int) -> int:
         return len(self._file("size", handle).data)
 
-    def read(self, handle: int, size: int, offset: int) -> bytes:
-        return bytes(self._file("read", handle).data[offset : offset + size])
+    def read_into(self, handle: int, pages: memoryview, offset: int) -> int:
+        data = self._file("read", handle).data[offset : offset + len(pages)]
+        pages[: len(data)] = data
+        return len(data)
 
-    def write(self, handle: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+    def write(self, handle: int, pages: memoryview, offset: int) -> None:
+        assert not (len(pages) % PAGE_BYTES or offset % PAGE_BYTES), "not in whole pages"
         self._enter("write", self._handles[handle][0])
-        data = b"".join(bytes(buffer) for buffer in buffers)
+        data = bytes(pages)
         file = self._handle(handle)
         growth = max(0, offset + len(data) - len(file.data))
         if self.room_bytes is not None and self.total_bytes + growth > self.room_bytes:

@@ -156,7 +156,8 @@ def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     return () if token is None else (("authorization", f"Bearer {token}"),)
 
 
-def raw_channel(server: NodeServer) -> grpc.aio.Channel:
+def raw_channel(server: NodeServer | str) -> grpc.aio.Channel:
     """A channel without any of the client's care, for calls that no client would make."""
+    endpoint = server if isinstance(server, str) else server.endpoint
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-    return grpc.aio.insecure_channel(server.endpoint, options=options)
+    return grpc.aio.insecure_channel(endpoint, options=options)

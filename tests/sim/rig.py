@@ -11,7 +11,7 @@ from kvstore.api.tier import Tier
 from kvstore.codec import CODECS
 from kvstore.files import DirectoryFiles, Files
 from kvstore.metrics import Metrics
-from kvstore.policy.lru import Lru
+from kvstore.policy.policies import make_policy
 from kvstore.runner import Runner, ThreadRunner
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.guarded import Guarded
@@ -53,10 +53,14 @@ class Rig:
         self._memories: list[Memory] = []
         self._closers: list[Callable[[], None]] = []
 
-    def memory(self, slots: int = 64, *, slot_bytes: int = 2 * PAGE_BYTES) -> Memory:
+    def memory(
+        self, slots: int = 64, *, slot_bytes: int = 2 * PAGE_BYTES, policy_name: str = "lru"
+    ) -> Memory:
         """Room for so many blocks of at most `slot_bytes`, in slabs of four."""
         slab_bytes = 4 * slot_bytes
-        memory = Memory(max(slots * slot_bytes, slab_bytes), slab_bytes, Lru())
+        capacity_bytes = max(slots * slot_bytes, slab_bytes)
+        policy = make_policy(policy_name, capacity_bytes)
+        memory = Memory(capacity_bytes, slab_bytes, policy, self.clock)
         self._memories.append(memory)
         self._open.append(memory)
         return self.check(memory)

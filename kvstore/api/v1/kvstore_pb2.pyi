@@ -1068,3 +1068,56 @@ class Draining(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Draining: _TypeAlias = Draining  # noqa: Y015
+
+@_typing.final
+class ScrubRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    bytes_per_s: _builtins.int
+    """0: disk.scrub_bytes_per_s of the node, which is also the most"""
+    def __init__(
+        self,
+        *,
+        bytes_per_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubRequest: _TypeAlias = ScrubRequest  # noqa: Y015
+
+@_typing.final
+class ScrubReply(_message.Message):
+    """What was done so far. The last one stands for the whole; a second scrub beside it is refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKED_BLOCKS_FIELD_NUMBER: _builtins.int
+    CHECKED_BYTES_FIELD_NUMBER: _builtins.int
+    DAMAGED_BLOCKS_FIELD_NUMBER: _builtins.int
+    TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    checked_blocks: _builtins.int
+    checked_bytes: _builtins.int
+    """as stored, headers included"""
+    damaged_blocks: _builtins.int
+    """dropped; the next store repairs them"""
+    total_blocks: _builtins.int
+    """when the scrub began"""
+    def __init__(
+        self,
+        *,
+        checked_blocks: _builtins.int = ...,
+        checked_bytes: _builtins.int = ...,
+        damaged_blocks: _builtins.int = ...,
+        total_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_blocks", b"checked_blocks", "checked_bytes", b"checked_bytes", "damaged_blocks", b"damaged_blocks", "total_blocks", b"total_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubReply: _TypeAlias = ScrubReply  # noqa: Y015

@@ -89,6 +89,11 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchRequest.SerializeToString,
                 response_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchReply.FromString,
                 _registered_method=True)
+        self.Scrub = channel.unary_stream(
+                '/kvstore.v1.KVStore/Scrub',
+                request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ScrubReply.FromString,
+                _registered_method=True)
 
 
 class KVStoreServicer(object):
@@ -171,6 +176,13 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scrub(self, request, context):
+        """Reads every block on the node's disk once and drops what is damaged; reports as it goes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -228,6 +240,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchRequest.FromString,
                     response_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchReply.SerializeToString,
+            ),
+            'Scrub': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ScrubRequest.FromString,
+                    response_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ScrubReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -527,6 +544,33 @@ class KVStore(object):
             '/kvstore.v1.KVStore/Watch',
             kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchRequest.SerializeToString,
             kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvstore.v1.KVStore/Scrub',
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.ScrubRequest.SerializeToString,
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.ScrubReply.FromString,
             options,
             channel_credentials,
             insecure,

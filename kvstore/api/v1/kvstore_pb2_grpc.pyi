@@ -62,6 +62,8 @@ class KVStoreStub:
     """What the node is, how full its tiers are and what it has counted."""
     Watch: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.WatchRequest, _kvstore_pb2.WatchReply]
     """Events of the node from now on, until the caller hangs up."""
+    Scrub: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.ScrubRequest, _kvstore_pb2.ScrubReply]
+    """Reads every block on the node's disk once and drops what is damaged; reports as it goes."""
 
 @_typing.type_check_only
 class KVStoreAsyncStub(KVStoreStub):
@@ -88,6 +90,8 @@ class KVStoreAsyncStub(KVStoreStub):
     """What the node is, how full its tiers are and what it has counted."""
     Watch: _aio.UnaryStreamMultiCallable[_kvstore_pb2.WatchRequest, _kvstore_pb2.WatchReply]  # type: ignore[assignment]
     """Events of the node from now on, until the caller hangs up."""
+    Scrub: _aio.UnaryStreamMultiCallable[_kvstore_pb2.ScrubRequest, _kvstore_pb2.ScrubReply]  # type: ignore[assignment]
+    """Reads every block on the node's disk once and drops what is damaged; reports as it goes."""
 
 class KVStoreServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -177,5 +181,13 @@ class KVStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvstore_pb2.WatchReply], _abc.AsyncIterator[_kvstore_pb2.WatchReply]]:
         """Events of the node from now on, until the caller hangs up."""
+
+    @_abc_1.abstractmethod
+    def Scrub(
+        self,
+        request: _kvstore_pb2.ScrubRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kvstore_pb2.ScrubReply], _abc.AsyncIterator[_kvstore_pb2.ScrubReply]]:
+        """Reads every block on the node's disk once and drops what is damaged; reports as it goes."""
 
 def add_KVStoreServicer_to_server(servicer: KVStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

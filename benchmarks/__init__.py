@@ -1,0 +1,1 @@
+"""Programs that measure what the project promises; `python -m benchmarks.prove` runs them all."""

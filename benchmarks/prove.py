@@ -1,0 +1,115 @@
+"""Runs every proof, short, and writes `proofs.json`: what is promised, and what was seen."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from benchmarks.proof import SEED_VARIABLE, machine, table, trace_arguments, trace_options
+
+MODULES = (
+    "mutations",
+    "kill_anywhere",
+    "kill_every_call",
+    "failing_io",
+    "full_disk",
+    "redis_faults",
+    "simulator",
+    "herd",
+    "overload",
+    "cancelled",
+    "eviction",
+    "hints",
+    "policy_cost",
+    "index_cost",
+)
+"""In the order of the promises; each is `python -m benchmarks.<name>`."""
+
+TIMEOUT_S = 180.0
+"""For one short proof, on a busy machine. All together take less than ten minutes."""
+
+
+def run_module(
+    module: str, arguments: Sequence[str], timeout_s: float | None
+) -> tuple[list[dict[str, Any]], str]:
+    """The rows of one proof, in a process of its own; and why there are none."""
+    with tempfile.TemporaryDirectory() as home:
+        result = Path(home) / "rows.json"
+        command = [sys.executable, "-m", f"benchmarks.{module}", "--json", str(result), *arguments]
+        try:
+            ran = subprocess.run(
+                command, timeout=timeout_s, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                text=True, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return [], f"not done within {timeout_s:g} s"
+        if result.exists():
+            return json.loads(result.read_text())["rows"], ""
+        return [], f"exit status {ran.returncode}: {ran.stderr.strip()[-300:]}"
+
+
+def failed_row(module: str, reason: str, seconds: float = 0.0) -> dict[str, Any]:
+    """The row of a proof that broke off: that is no pass."""
+    return {
+        "name": module, "command": f"python -m benchmarks.{module}", "figure": None, "unit": "",
+        "goal": "it runs to its end", "ok": False, "seconds": seconds, "trials": 0, "failures": 0,
+        "reason": reason, "details": {},
+    }  # fmt: skip
+
+
+def prove(modules: Iterable[str], arguments: Sequence[str], console: Console) -> list[Any]:
+    """All rows of these proofs, one proof after the other."""
+    rows: list[dict[str, Any]] = []
+    for module in modules:
+        with console.status(module):
+            found, reason = run_module(module, arguments, TIMEOUT_S)
+        rows += found or [failed_row(module, reason)]
+        for each in rows[-len(found) or -1 :]:
+            verdict = {True: "holds", False: "BROKEN", None: "not run"}[each["ok"]]
+            console.print(f"{module}: {each['name']}: {verdict} {each['reason']}", highlight=False)
+    return rows
+
+
+@click.command()
+@click.argument("modules", nargs=-1, type=click.Choice(MODULES))
+@click.option(
+    "--size", type=click.Choice(["test", "short"]), default="short", show_default=True,
+    help="How many trials each proof makes; the long form is `python -m benchmarks.soak`.",
+)  # fmt: skip
+@click.option("--seed", envvar=SEED_VARIABLE, show_envvar=True, help="Repeats a run.")
+@trace_options
+@click.option(
+    "--json", "json_file", default="proofs.json", show_default=True, help="Where rows are written.",
+    type=click.Path(dir_okay=False, path_type=Path),
+)  # fmt: skip
+def main(
+    modules: tuple[str, ...],
+    size: str,
+    seed: str | None,
+    trace: Path | None,
+    hints: Path | None,
+    json_file: Path,
+) -> None:
+    """Try to break every promise, for less than ten minutes, and write down what was seen.
+
+    MODULES are the proofs to run; without any, all. Exits with 1 if a claim is broken.
+    """
+    arguments = ["--size", size]
+    arguments += ["--seed", seed] if seed is not None else []
+    arguments += trace_arguments(trace, hints)
+    console = Console()
+    rows = prove(modules or MODULES, arguments, console)
+    json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    console.print(table(rows))
+    if any(row["ok"] is False for row in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What all calls have in common: who calls, until when, how it ends, and what is counted."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from kvstore.admission import Admission
+from kvstore.api.clock import Clock
+from kvstore.api.errors import (
+    STATUS,
+    KvstoreError,
+    ResourceExhausted,
+    Shed,
+    TierError,
+    Unavailable,
+)
+from kvstore.metrics import Metrics
+from kvstore.tenants import Tenant, Tenants
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+ANSWER_MARGIN_S = 0.02
+"""So long before its deadline a call answers what it has; a tenth of it, where that is less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who calls, from which connection, and when the answer is due."""
+
+    tenant: Tenant
+    client: str
+    due_s: float
+    """On the event loop's clock."""
+
+    def left_s(self) -> float:
+        """What is left for the work, if its answer shall be of use."""
+        return self.due_s - asyncio.get_running_loop().time()
+
+
+class Calls:
+    """The calls that a node serves. From `drain` on it takes none, and `end` ends what is left."""
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        admission: Admission,
+        *,
+        max_deadline_s: float,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self.admission = admission
+        self._tenants = tenants
+        self._max_deadline_s = max_deadline_s
+        self._clock = clock
+        self._metrics = metrics
+        self._running: set[asyncio.Timeout] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._ended = False
+
+    def drain(self) -> None:
+        """New calls get UNAVAILABLE from now on."""
+        self._draining = True
+
+    def end(self) -> None:
+        """Ends what still runs with UNAVAILABLE."""
+        self._ended = True
+        for timeout in self._running:
+            timeout.reschedule(asyncio.get_running_loop().time())
+
+    async def finished(self, timeout_s: float) -> bool:
+        """True as soon as no call runs, False if that takes longer."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    @asynccontextmanager
+    async def call(
+        self, op: str, context: Context, *, endless: bool = False
+    ) -> AsyncIterator[Call]:
+        """Authenticates the caller, keeps to the deadline, maps errors to statuses, counts."""
+        started_s = self._clock.monotonic_s()
+        status = grpc.StatusCode.CANCELLED
+        try:
+            async with self._timed(context, endless) as call:
+                yield call
+            status = grpc.StatusCode.OK
+        except Shed as error:
+            status = STATUS[ResourceExhausted]
+            self._metrics.shed_calls.labels(error.reason).inc()
+            self._metrics.shed_seconds.observe(self._clock.monotonic_s() - started_s)
+            pushback = ("grpc-retry-pushback-ms", str(round(error.retry_s * 1000)))
+            await context.abort(status, str(error), (pushback,))
+        except TierError as error:
+            status = grpc.StatusCode.UNAVAILABLE
+            await context.abort(status, str(error))
+        except KvstoreError as error:
+            status = STATUS[type(error)]
+            await context.abort(status, str(error))
+        except TimeoutError:
+            status = grpc.StatusCode.DEADLINE_EXCEEDED
+            await context.abort(status, f"server.max_deadline_s: {self._max_deadline_s:g} s")
+        finally:
+            self._metrics.requests.labels(op, status.name.lower()).inc()
+            seconds = self._clock.monotonic_s() - started_s
+            self._metrics.request_seconds.labels(op).observe(seconds)
+
+    def admitted(self, call: Call, cost_bytes: int) -> AbstractAsyncContextManager[None]:
+        """Holds so many bytes for the call. Raises Shed."""
+        return self.admission.admitted(call.client, cost_bytes, call.left_s())
+
+    @asynccontextmanager
+    async def _timed(self, context: Context, endless: bool) -> AsyncIterator[Call]:
+        if self._draining:
+            raise Unavailable("this node is draining")
+        metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
+        authorization = metadata.get("authorization")
+        tenant = self._tenants.authenticate(None if authorization is None else str(authorization))
+        asked_s = context.time_remaining()
+        budget_s = min(
+            asked_s if asked_s is not None else self._max_deadline_s, self._max_deadline_s
+        )
+        due_s = asyncio.get_running_loop().time() + budget_s - min(ANSWER_MARGIN_S, budget_s / 10)
+        timeout = asyncio.timeout(None if endless else budget_s)
+        self._running.add(timeout)
+        self._idle.clear()
+        try:
+            async with timeout:
+                yield Call(tenant, f"{tenant.name} {context.peer()}", due_s)
+        except TimeoutError:
+            if self._ended and timeout.expired():
+                raise Unavailable("this node has stopped") from None
+            raise
+        finally:
+            self._running.discard(timeout)
+            if not self._running:
+                self._idle.set()

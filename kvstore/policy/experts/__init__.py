@@ -1,0 +1,1 @@
+"""Simulated caches, one for each way to choose a victim: what a tournament is held among."""

@@ -1,0 +1,125 @@
+"""The sending end of a read: blocks in order, a window at a time, as far as the time allows."""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kvstore.api.errors import Shed
+from kvstore.api.tier import BlockRef
+from kvstore.leases import Lease
+from kvstore.tiers.lending import Lent
+from kvstore.tiers.tiered import Acquired, Tiered, Want
+
+READ_WINDOW_BYTES = 8 << 20
+BUSY_S = 0.1
+"""After which it is worth asking a busy tier again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """One block of a read. `view` is valid until the iterator moves on; None: missing."""
+
+    index: int
+    view: memoryview | None
+    digest: bytes = b""
+    tier: str = ""
+
+
+class Reading:
+    """One read, under a lease or none, for a caller who has `left_s` of time.
+
+    What lies below is promoted, if the lease says to which chain it belongs, or lent.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiered,
+        lease: Lease | None,
+        slow_is_full: Callable[[int], bool],
+        left_s: Callable[[], float],
+    ) -> None:
+        self._tiers = tiers
+        self._known = {want.ref: want for row in lease.wants for want in row} if lease else {}
+        self._origin = lease.tiers if lease else {}
+        self._slow_is_full = slow_is_full
+        self._left_s = left_s
+
+    async def blocks(self, refs: Sequence[BlockRef], size: int) -> AsyncGenerator[Delivered, None]:
+        """The blocks in order. Raises Shed ahead of the first one."""
+        done = 0
+        for window in windows([self._known.get(ref) or Want(ref, None, size) for ref in refs]):
+            if not done:
+                self._check_busy(window)
+            held, lent = await self._gather(window, self._left_s())
+            try:
+                for index, want in enumerate(window, start=done):
+                    block = held.get(want.ref)
+                    if block is None:
+                        yield Delivered(index, *lent.get(want.ref, (None,)))
+                        continue
+                    tier = self._origin.get(want.ref, block.tier)
+                    yield Delivered(index, block.slot.view, block.slot.digest, tier)
+            finally:
+                self._tiers.release(held.values())
+            done += len(window)
+
+    def _check_busy(self, window: list[Want]) -> None:
+        """Better refused at once than answered with misses: the caller may come again."""
+        nothing = not any(self._tiers.at_hand(want.ref) for want in window)
+        if nothing and self._slow_is_full(window[0].size):
+            raise Shed("the slower tiers have as much to read as they can in time", "tier", BUSY_S)
+
+    async def _gather(
+        self, window: list[Want], left_s: float
+    ) -> tuple[dict[BlockRef, Acquired], dict[BlockRef, Lent]]:
+        """The blocks of a window that can be had in the time that is left, pinned or lent."""
+        held: dict[BlockRef, Acquired] = {}
+        if left_s <= 0:
+            return held, {}
+        try:
+            async with within(left_s):
+                held = await self._hold(window)
+                sizes = {want.ref: want.size for want in window if want.ref not in held}
+                return held, await self._tiers.lend(sizes)
+        except TimeoutError:
+            return held or self._pin(window), {}
+        except BaseException:
+            self._tiers.release(held.values())
+            raise
+
+    async def _hold(self, window: list[Want]) -> dict[BlockRef, Acquired]:
+        """The blocks of a window in memory; those of the lease's chain are promoted for it."""
+        asked = {want.ref: want for want in window}  # A block may be asked for twice.
+        coming = [w for ref, w in asked.items() if ref in self._known or self._tiers.promoting(ref)]
+        acquired = await self._tiers.acquire(coming) if coming else []
+        held = {block.slot.ref: block for block in acquired if block is not None}
+        return held | self._pin([want for ref, want in asked.items() if ref not in held])
+
+    def _pin(self, wants: list[Want]) -> dict[BlockRef, Acquired]:
+        """Those of the blocks that are in memory now, pinned."""
+        asked = {want.ref: self._tiers.pin(want) for want in {w.ref: w for w in wants}.values()}
+        return {ref: block for ref, block in asked.items() if block is not None}
+
+
+def always() -> float:
+    """What is left of the time of a caller who waits as long as it takes."""
+    return math.inf
+
+
+def within(left_s: float) -> asyncio.Timeout:
+    """Raises TimeoutError when nothing is left."""
+    return asyncio.timeout(left_s if math.isfinite(left_s) else None)
+
+
+def window_bytes(block_bytes: int) -> int:
+    """How much a read of blocks of this size gathers at a time."""
+    return max(READ_WINDOW_BYTES - READ_WINDOW_BYTES % block_bytes, block_bytes)
+
+
+def windows(wants: list[Want]) -> Iterator[list[Want]]:
+    """The blocks in pieces of about `READ_WINDOW_BYTES`, so that a read pins few at a time."""
+    largest = max((want.size for want in wants), default=1)
+    step = window_bytes(largest) // largest
+    for start in range(0, len(wants), step):
+        yield wants[start : start + step]

@@ -1,0 +1,144 @@
+"""`kvstore plan`: sizes, models, two tiers, and what it answers."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from kvstore.replay.model_size import ModelError, kv_bytes_per_token
+from kvstore.replay.plan_command import Size, plan
+from kvstore.replay.replay import no_progress
+from kvstore.replay.trace import Trace, TraceBuilder
+from kvstore.replay.two_tiers import Disk, TiersCell
+
+LLAMA: dict[str, Any] = {
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "hidden_size": 4096, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def model(path: Path, **config: Any) -> Path:
+    """A model's configuration."""
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 131_072),
+        ({"torch_dtype": "float32"}, 262_144),
+        ({"head_dim": 64}, 65_536),
+        ({"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 70_272),
+        ({"layer_types": ["full_attention", "linear_attention"] * 16}, 65_536),
+    ],
+)
+def test_bytes_per_token_follow_from_the_model(
+    tmp_path: Path, changes: dict[str, Any], expected: int
+) -> None:
+    """Grouped heads, head size, dtype, latent attention, layers without keys and values."""
+    assert kv_bytes_per_token(model(tmp_path / "config.json", **LLAMA | changes)) == expected
+    nested = model(tmp_path / "nested.json", text_config=LLAMA | changes)
+    assert kv_bytes_per_token(nested) == expected
+
+
+def test_a_model_that_says_too_little_is_named(tmp_path: Path) -> None:
+    """With the field, and the way around."""
+    path = model(tmp_path / "config.json", num_hidden_layers=2)
+    with pytest.raises(ModelError, match=r"num_attention_heads: is missing; .*--kv-bytes"):
+        kv_bytes_per_token(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64GiB", 64 << 30), ("1.5 TB", 1_500_000_000_000), ("1000", 1000), ("2k", 2000)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    """Binary and decimal units, with and without the B."""
+    assert Size()(text) == size
+
+
+def chats(rng: random.Random, requests: int) -> Trace:
+    """Conversations that grow by a block or two with each turn."""
+    builder = TraceBuilder("chats", 16)
+    lengths = [1] * 30
+    for now in range(requests):
+        chat = min(29, int(rng.expovariate(0.1)))
+        lengths[chat] = lengths[chat] + rng.randint(1, 2) if lengths[chat] < 20 else 1
+        blocks = lengths[chat]
+        builder.add(float(now), blocks * 16, ["system", *((chat, at) for at in range(blocks - 1))])
+    return builder.finish()
+
+
+def test_a_disk_never_takes_away(rng: random.Random) -> None:
+    """Memory has the same with and without it; a disk for all has what nothing forgotten has."""
+    trace = chats(rng, 400)
+    alone = TiersCell("default", 20, 0).run(trace, no_progress)
+    small = TiersCell("default", 20, 60).run(trace, no_progress)
+    all_of_it = TiersCell("default", 20, trace.unique_blocks).run(trace, no_progress)
+    assert alone.disk == alone.written_blocks == 0
+    assert alone.memory == small.memory == all_of_it.memory
+    assert alone.total <= small.total <= all_of_it.total
+    assert all_of_it.total == pytest.approx(trace.infinite_token_hit_rate)
+    # With room for all, every block is written at most once: its clean copy stays.
+    assert all_of_it.written_blocks <= trace.unique_blocks
+
+
+def test_a_disk_holds_ancestors_of_what_it_holds(rng: random.Random) -> None:
+    """Whatever is demoted: no block lies there without its parent, and no more than fits."""
+    parents: dict[int, int | None] = {0: None}
+    for block in range(1, 60):
+        parents[block] = rng.randrange(block)
+    disk = Disk(15)
+    for _ in range(300):
+        disk.demote(rng.sample(range(60), rng.randint(0, 5)), parents)
+        held = [block for block in range(60) if block in disk]
+        assert len(held) <= 15
+        for block in held:
+            parent = parents[block]
+            assert parent is None or parent in disk
+
+
+def test_it_answers_in_words_and_json(tmp_path: Path, rng: random.Random) -> None:
+    """Sizes in bytes, rates as fractions; a goal that no size reaches is null."""
+    path = tmp_path / "trace.jsonl"
+    seen: dict[tuple[Any, ...], int] = {}
+    with path.open("w") as file:
+        for now in range(100):
+            chat, length = rng.randrange(20), rng.randint(1, 6)
+            names = [seen.setdefault((chat, at), len(seen)) for at in range(length)]
+            record = {
+                "timestamp": now, "input_length": 512 * length, "output_length": 1,
+                "hash_ids": names,
+            }  # fmt: skip
+            file.write(json.dumps(record) + "\n")
+    out = tmp_path / "plan.json"
+    arguments = [
+        str(path), "--kv-bytes-per-token", "1024", "--memory", "10MiB", "--disk", "20MiB",
+        "--jobs", "1", "--json", str(out),
+    ]  # fmt: skip
+    ran = CliRunner().invoke(plan, [*arguments, "--hit-rate", "0.3"])
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(out.read_text())
+    assert found["block_bytes"] == 512 * 1024
+    assert found["footprint_bytes"] == found["unique_blocks"] * found["block_bytes"]
+    assert found["memory_alone"][-1]["token_hit_rate"] == pytest.approx(
+        found["infinite_token_hit_rate"]
+    )
+    assert 0 < found["goal"]["memory_alone_bytes"] < found["footprint_bytes"]
+    assert "30 %: about" in ran.output
+    ran = CliRunner().invoke(plan, [*arguments, "--hit-rate", "0.999"])
+    assert json.loads(out.read_text())["goal"]["memory_alone_bytes"] is None
+    assert "no size of memory reaches it" in " ".join(ran.output.split())
+
+
+def test_it_wants_the_model_one_way(tmp_path: Path) -> None:
+    """Either bytes per token or a configuration, not both and not neither."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text("")
+    ran = CliRunner().invoke(plan, [str(path)])
+    assert ran.exit_code == 2
+    assert "either --kv-bytes-per-token or --model-config" in ran.output
