@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -77,7 +77,9 @@ def run_cells(
     context = multiprocessing.get_context("spawn")
     done: Synchronized[int] = context.Value("q", 0)
     told = 0
-    with context.Pool(jobs, _prepare, (source, done)) as pool:
+    with ExitStack() as stack:
+        with _interrupt_held_back():
+            pool = stack.enter_context(context.Pool(jobs, _prepare, (source, done)))
         results = pool.imap_unordered(_run, cells)
         for _ in cells:
             finished = None
@@ -90,6 +92,25 @@ def run_cells(
             yield finished
 
 
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Ctrl-C waits until this is over, and processes that are begun meanwhile never hear of it.
+
+    It reaches all processes of a terminal from their first moment on; the first one ends the
+    others. The mask is what they inherit; it does not keep other threads of this one from hearing.
+    """
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
+
+
 class _Worker:
     """What a process of the pool keeps between cells."""
 
@@ -98,8 +119,6 @@ class _Worker:
 
 
 def _prepare(source: Source, done: "Synchronized[int]") -> None:
-    # Ctrl-C reaches all processes; the first one ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _Worker.trace, _Worker.done = source.read(), done
 
 
