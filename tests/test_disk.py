@@ -698,6 +698,39 @@ async def test_a_full_device_is_survived(rig: Rig) -> None:
     assert files.peak_bytes <= SMALL_CAPACITY
 
 
+async def test_a_volume_smaller_than_the_capacity_is_used_like_a_smaller_capacity(
+    rig: Rig,
+) -> None:
+    """What is new takes the place of what is oldest; a tier that takes nothing is of no use."""
+    files = SimulatedFiles(room_bytes=SMALL_CAPACITY // 2)
+    tier = await small(rig, files)
+    taken = 0
+    for number in range(60):
+        blocks = chain(f"{number}", 4)
+        await attempt(tier.store(blocks))
+        taken += all(await present(tier, blocks))
+        tier.check()
+    assert files.injected["enospc"] > 0
+    assert taken > 30
+    assert not any(await present(tier, chain("0", 4)))
+    kill(rig, files, tier)
+    await serves(await small(rig, files), "restarted", 1)
+
+
+async def test_a_device_that_never_has_room_costs_one_segment(rig: Rig) -> None:
+    """Where making room does not help, what is there stays."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    await serves(tier, "before", 12)
+    before = set(segment_ids(files.names()))
+    files.fault = FailAlways(errno.ENOSPC, ["write"])
+    for number in range(30):
+        await attempt(tier.store(chain(f"{number}", 4)))
+    assert before - set(segment_ids(files.names())) == {min(before)}
+    files.fault = None
+    await serves(tier, "after", 12)
+
+
 @pytest.mark.parametrize("operation", ["sync", "remove", "read", "open", "write"])
 async def test_a_lasting_fault_never_costs_more_room(rig: Rig, operation: str) -> None:
     """A device that keeps failing one kind of operation does not make the files outgrow it."""

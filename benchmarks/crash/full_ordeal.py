@@ -27,8 +27,10 @@ BLOCK_BYTES = 6000
 CHAIN_BLOCKS = 8
 CHAINS_WHEN_FULL = 20
 MOST_CHAINS = 400
+"""In one round; a few dozen are more than there is room for."""
 BACK_WITHIN_S = 5.0
 RETRY_S = 0.05
+EMPTY_SHARE = 0.5
 
 
 class Watcher:
@@ -61,7 +63,13 @@ class Ordeal:
         self.requests = 0
 
     async def round(self) -> None:
-        """Full, then not full any more, with a start of the node before each."""
+        """Full, then not full any more, with a start of the node before each.
+
+        Some rounds begin with an empty disk, others with what earlier ones left on it, which may be
+        all that the volume holds.
+        """
+        if self._rng.random() < EMPTY_SHARE:
+            shutil.rmtree(self._volume / "blocks", ignore_errors=True)
         server = await self._nodes.start(
             memory={"capacity_bytes": 256 << 10, "slab_bytes": 64 << 10},
             disk={
@@ -74,8 +82,8 @@ class Ordeal:
         space = await client.open_space(descriptor_of(BLOCK_BYTES))
         ballast = self._volume / "ballast"
         fill(ballast, shutil.disk_usage(self._volume).free - LEFT_BYTES)
-        before = self._watcher.full
-        while self._watcher.full == before and self._chains < MOST_CHAINS:
+        before, first = self._watcher.full, self._chains
+        while self._watcher.full == before and self._chains < first + MOST_CHAINS:
             await self._request(client, space)
         if self._watcher.full == before:
             self.failures.append("the volume did not fill up")

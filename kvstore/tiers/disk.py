@@ -55,6 +55,7 @@ SCRUB_PAUSE_S = 0.1
 """A scrub reads for about so long at its rate, then waits."""
 SCRUB_FAILURES = 3
 """After so many blocks in a row that cannot be read it is the device that is broken."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Scrubbed(NamedTuple):
@@ -101,6 +102,8 @@ class DiskTier:
         self._sequence = 0
         self._forgets = 0
         """How many forget records the log has seen; every record says it."""
+        self._yielded = False
+        """A segment has left a full volume, and nothing was written since."""
         self._writing = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()
         self._syncer: asyncio.Task[None] | None = None
@@ -319,7 +322,7 @@ class DiskTier:
             now_s = self._clock.wall_s()
             work = [self._runner.run(partial(encode, block, now_s=now_s)) for block in fresh]
             records = await asyncio.gather(*work)
-            await self._change(lambda: self._append(records))
+            await self._change(lambda: self._append_or_yield(records))
         return [self._find(block.ref) is not None for block in blocks]
 
     def _rooted(self, blocks: Sequence[Block]) -> list[Block]:
@@ -334,6 +337,25 @@ class DiskTier:
                 continue
             rooted[block.ref] = block
         return list(rooted.values())
+
+    async def _append_or_yield(self, records: Sequence[Staged]) -> list[Placed]:
+        """As `_append`; a full volume loses the oldest segment, so that the next batch has room.
+
+        What we have of a volume that others fill is the room there is: new blocks in place of the
+        oldest are worth more than a tier that takes nothing. One segment, until a write has worked
+        again: where that did not help, more of them would not either.
+        """
+        try:
+            written = await self._append(records)
+        except OSError as error:
+            oldest = self._segments.oldest_sealed()
+            if error.errno in NO_ROOM and not self._yielded and oldest is not None:
+                _log.warning("disk: the volume is full, segment %d makes room", oldest)
+                await self._drop(oldest)
+                self._yielded = True
+            raise
+        self._yielded = self._yielded and not written
+        return written
 
     async def _append(self, records: Sequence[Staged]) -> list[Placed]:
         """Writes records, several at once, and indexes them; which there are now.
@@ -409,7 +431,7 @@ class DiskTier:
             # the next start would miss it, and believe nothing that is older.
             numbered = replace(header, forgets=self._forgets + 1)
             twins = [Staged(numbered, self._staging.borrow(PAGE_BYTES)) for _ in range(2)]
-            if not await self._append(twins):
+            if not await self._append_or_yield(twins):
                 raise OSError(errno.EIO, "not all of it could be forgotten for good")
             self._forgets += 1
         await self._runner.run(self._segments.sync)
@@ -428,9 +450,12 @@ class DiskTier:
                 if entry.segment_id == oldest:
                     budget_bytes -= entry.record_bytes
                     await self._forward(entry, header)
-            self._index.drop_segment(oldest)
-            await self._runner.run(partial(self._segments.drop, oldest))
-            self._metrics.disk_segments_dropped.inc()
+            await self._drop(oldest)
+
+    async def _drop(self, segment_id: int) -> None:
+        self._index.drop_segment(segment_id)
+        await self._runner.run(partial(self._segments.drop, segment_id))
+        self._metrics.disk_segments_dropped.inc()
 
     async def _forward(self, entry: Entry, waiting: Header) -> None:
         """Writes a block again into the open segment, if beside `waiting` there is room for it."""

@@ -215,7 +215,11 @@ class SegmentLog:
         few = len(sealed) <= 2 * self.capacity_bytes // self.segment_bytes  # Each is an open file.
         if few and sealed_bytes + 2 * self.segment_bytes <= self.capacity_bytes:
             return None
-        return min(sealed)
+        return self.oldest_sealed()
+
+    def oldest_sealed(self) -> int | None:
+        """The segment that goes first."""
+        return min(self._handles.keys() - {self._open_id}, default=None)
 
     def drop(self, segment_id: int) -> None:
         """Deletes a sealed segment, once what was written forward from it is on the device."""
