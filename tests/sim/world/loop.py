@@ -18,8 +18,12 @@ MANY_TASKS = 300
 """After so many it is time to forget those that ended."""
 
 
+MOST_TURNS = 1_000_000
+"""Of the loop in one run, which takes five thousand."""
+
+
 class Stuck(Exception):
-    """When nothing will ever happen again, though somebody still waits."""
+    """When nothing will ever happen again, though somebody still waits; or it never ends."""
 
 
 class Process:
@@ -58,7 +62,7 @@ RUNNING: ContextVar[Process | None] = ContextVar("running", default=None)
 class SimulatedLoop(asyncio.BaseEventLoop):
     """An event loop without sockets, threads or real time.
 
-    `failures` are the exceptions that nobody caught. Its queues are its own, leaner than those of
+    `failures` are the exceptions that nobody caught, `turns` how often it went round. Its queues are its own, leaner than those of
     the base class, because most of a run is spent in them.
     """
 
@@ -68,6 +72,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._soon: deque[asyncio.Handle] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._order = itertools.count()
+        self.turns = 0
         self.failures: list[str] = []
         self.set_task_factory(_make_task)  # type: ignore[arg-type] # nobody passes it more
         self.set_exception_handler(self._note)
@@ -106,6 +111,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _run_once(self) -> None:
         """One turn. Time moves only when nothing else is left to do."""
         soon, timers = self._soon, self._timers
+        self.turns += 1
+        if self.turns > MOST_TURNS:
+            raise Stuck(f"this goes on for ever: {MOST_TURNS} turns, at {self._now_s} s")
         while timers and (timers[0][2].cancelled() or not soon):
             when_s, _, handle = heapq.heappop(timers)
             if not handle.cancelled():

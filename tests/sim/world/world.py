@@ -153,6 +153,7 @@ def _described(error: Exception) -> str:
 def _end(loop: SimulatedLoop) -> None:
     """Lets go of the loop, whatever is still under way on it."""
     tasks = asyncio.all_tasks(loop)
+    loop.turns = 0
     for task in tasks:
         task.cancel()
     with contextlib.suppress(Exception):
