@@ -62,8 +62,8 @@ RUNNING: ContextVar[Process | None] = ContextVar("running", default=None)
 class SimulatedLoop(asyncio.BaseEventLoop):
     """An event loop without sockets, threads or real time.
 
-    `failures` are the exceptions that nobody caught, `turns` how often it went round. Its queues are its own, leaner than those of
-    the base class, because most of a run is spent in them.
+    `failures` are the exceptions that nobody caught, `turns` how often it went round. Its queues
+    are its own, leaner than those of the base class, because most of a run is spent in them.
     """
 
     def __init__(self) -> None:
