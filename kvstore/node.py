@@ -401,10 +401,11 @@ class Node:
             await self.clock.sleep(EXPIRY_PERIOD_S)
             self.tiers.release(self.leases.end_expired(self.clock.monotonic_s()))
 
-    async def close(self, flush_timeout_s: float) -> None:
+    async def close(self, flush_timeout_s: float, close_timeout_s: float) -> None:
         """Ends leases, writes what only memory has to the slower tiers, and closes them.
 
-        What is not written within `flush_timeout_s` is lost to later runs.
+        What is not written within `flush_timeout_s` is lost to later runs; a tier that is not
+        closed within `close_timeout_s` is left as it is, as after a crash.
         """
         tasks = list(self._tasks)
         for task in tasks:
@@ -416,7 +417,11 @@ class Node:
                 await self.tiers.flush()
         except TimeoutError:
             _log.warning("memory was not flushed completely within %s s", flush_timeout_s)
-        await self.tiers.close()
+        try:
+            async with asyncio.timeout(close_timeout_s):
+                await self.tiers.close()
+        except TimeoutError:
+            _log.warning("the tiers were not closed within %s s", close_timeout_s)
 
 
 def _wants(

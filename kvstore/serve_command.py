@@ -89,6 +89,9 @@ async def _run(settings: Settings, supervised: bool) -> None:
     await stop.wait()
     _log.info("draining")
     await server.stop()
+    if server.hangs:
+        logging.shutdown()
+        os._exit(0)  # The interpreter would wait for threads that never end.
 
 
 def _stop_or_end(stop: asyncio.Event, signal_number: int) -> None:

@@ -33,6 +33,7 @@ MAX_ID_BYTES = 32
 KEY_COST_BYTES = 256
 """What one key of a request costs while it is worked on, as an object with its name and place."""
 HEAR_OUT_S = 1.0
+BEGIN_S = 5.0
 
 
 class Servicer(kvstore_pb2_grpc.KVStoreServicer):
@@ -119,7 +120,7 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         self, request_iterator: AsyncIterator[pb.WriteRequest], context: Context
     ) -> None:
         async with self._calls.call("write", context) as call:
-            first = await anext(request_iterator, None)
+            first = await _first(request_iterator, min(BEGIN_S, call.left_s() / 2))
             if first is None or not first.HasField("begin"):
                 await _hear_out(request_iterator)
                 raise InvalidArgument("begin: the first message of a write must carry it")
@@ -275,6 +276,17 @@ async def _take(incoming: Incoming, pieces: Sequence[pb.Piece]) -> None:
         if piece.HasField("header"):
             await incoming.begin_block(piece.block, piece.header.bytes, piece.header.digest)
         incoming.add(piece.block, piece.data)
+
+
+async def _first(
+    requests: AsyncIterator[pb.WriteRequest], patience_s: float
+) -> pb.WriteRequest | None:
+    """How a write begins. Who opens one and says nothing has one of the places, free of charge."""
+    try:
+        async with asyncio.timeout(patience_s):
+            return await anext(requests, None)
+    except TimeoutError:
+        raise InvalidArgument(f"begin: it did not come within {patience_s:.1f} s") from None
 
 
 async def _hear_out(requests: AsyncIterator[pb.WriteRequest]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import socket
+import threading
 import tracemalloc
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -14,12 +15,13 @@ import pytest
 import redis as sync_redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstore.api.errors import ConfigError, Unauthenticated, Unavailable
+from kvstore.api.errors import ConfigError, ResourceExhausted, Unauthenticated, Unavailable
 from kvstore.api.keys import KEY_BYTES
 from kvstore.api.tier import BlockRef
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1.kvstore_pb2_grpc import KVStoreStub
 from kvstore.api.wire import MAX_KEYS, MESSAGE_BYTES, descriptor_to_wire, pack_keys
+from kvstore.calls import WATCHERS_PER_CLIENT
 from kvstore.files import PAGE_BYTES
 from kvstore.names import block_name, namespace
 from kvstore.server import REDIS_CONNECTIONS, SERVICE, NodeServer
@@ -674,14 +676,71 @@ async def test_other_limits_of_requests(server: NodeServer, stub: "KVStoreAsyncS
 
 async def test_calls_beyond_the_limit_are_shed(nodes: Nodes) -> None:
     """A node that is busy says so at once, and serves again when a call has ended."""
-    server = await nodes.start(server={"max_concurrent_calls": 2, "max_data_calls": 1})
-    client = nodes.connect(server)
-    watchers = [await client.watch() for _ in range(2)]
+    limits = {"max_concurrent_calls": 3, "max_data_calls": 1, "max_watchers": 1}
+    server = await nodes.start(server=limits)
+    watcher = await nodes.connect(server).watch()
     async with raw_channel(server) as channel:
-        status = KVStoreStub(channel).Status(pb.StatusRequest())
-        await refused(status, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        stub, health = KVStoreStub(channel), health_pb2_grpc.HealthStub(channel)
+        listening = health.Watch(health_pb2.HealthCheckRequest())
+        await listening.read()
+        silent = stub.Write()
+        await silent.wait_for_connection()
+        await refused(stub.Status(pb.StatusRequest()), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        silent.cancel()
+        await served_again(stub)
+        listening.cancel()
+    await watcher.aclose()
+
+
+async def served_again(stub: "KVStoreAsyncStub") -> None:
+    """Returns once the node has a place for one more call."""
+    while True:
+        try:
+            await stub.Status(pb.StatusRequest())
+        except grpc.aio.AioRpcError:
+            continue
+        return
+
+
+async def test_watchers_leave_room_for_everybody_else(nodes: Nodes) -> None:
+    """Of calls that never end there are few; one too many is told which limit it met."""
+    limits = {"max_concurrent_calls": 8, "max_data_calls": 1, "max_watchers": 3}
+    server = await nodes.start(server=limits)
+    watchers = [await nodes.connect(server).watch() for _ in range(3)]
+    async with raw_channel(server) as channel:
+        stub, health = KVStoreStub(channel), health_pb2_grpc.HealthStub(channel)
+        exhausted = grpc.StatusCode.RESOURCE_EXHAUSTED
+        await refused(stub.Watch(pb.WatchRequest()).read(), exhausted, "server.max_watchers")
+        ask = health_pb2.HealthCheckRequest()
+        listening = [health.Watch(ask) for _ in range(3)]
+        for call in listening:
+            assert (await call.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await refused(health.Watch(ask).read(), exhausted, "server.max_watchers")
+        assert (await stub.Status(pb.StatusRequest())).node_id == server.node.node_id
+        for call in listening:
+            call.cancel()
     for watcher in watchers:
         await watcher.aclose()
+
+
+async def test_one_connection_has_few_watchers(nodes: Nodes) -> None:
+    """What one engine may watch is bounded for itself."""
+    server = await nodes.start()
+    client = nodes.connect(server)
+    watchers = [await client.watch() for _ in range(WATCHERS_PER_CLIENT)]
+    with pytest.raises(ResourceExhausted, match="of this connection"):
+        await anext(await client.watch())
+    async with raw_channel(server) as channel:
+        another = KVStoreStub(channel).Watch(pb.WatchRequest())
+        assert await another.initial_metadata() is not None
+        another.cancel()
+    for watcher in watchers:
+        await watcher.aclose()
+
+
+async def test_a_write_that_says_nothing_loses_its_place(stub: "KVStoreAsyncStub") -> None:
+    """Nobody holds one of the places for calls by opening a stream and keeping silent."""
+    await refused(stub.Write(timeout=0.4).read(), INVALID, "begin: it did not come within 0.2 s")
 
 
 # Tenants.
@@ -805,6 +864,19 @@ async def test_scopes_are_apart_and_searched_in_order(nodes: Nodes, server: Node
     assert await client.clear_space(space, "team") == 6, "descendants are of no use and go along"
     assert (await client.match([space], keys, scopes=["team", ""], lease_ms=0)).blocks == 0
     assert await load(client, space, keys, scopes=["team", ""]) == [None] * 6
+
+
+async def test_a_device_that_hangs_does_not_hold_up_the_end(nodes: Nodes) -> None:
+    """Its threads cannot be ended: they are left behind, and who started the node hears of it."""
+    server = await nodes.start(server={"drain_timeout_s": 0.1})
+    answer = threading.Event()
+    hanging = asyncio.create_task(server._runner.run(answer.wait))
+    await settle()
+    async with asyncio.timeout(30):
+        await nodes.stop(server)
+    assert server.hangs
+    answer.set()
+    assert await hanging
 
 
 # Forgetting.

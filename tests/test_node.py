@@ -709,7 +709,7 @@ async def test_closing_flushes_memory_and_ends_leases(rig: Rig) -> None:
     await store.match(keys)
     rig.gone(store.tiers.memory)
     rig.gone(disk)
-    await store.node.close(flush_timeout_s=60)
+    await store.node.close(flush_timeout_s=60, close_timeout_s=60)
     assert (len(store.leases), store.leases.leased_bytes) == (0, 0)
     assert len(disk._index) == 6
     assert rig.sealed == [(1, 6, 6 * BLOCK_BYTES)]

@@ -130,7 +130,9 @@ class Machine:
         for call in list(running.calls):
             call.cancel()
         await settle()
-        await running.process.spawn(running.node.close(flush_timeout_s=FLUSH_S))
+        await running.process.spawn(
+            running.node.close(flush_timeout_s=FLUSH_S, close_timeout_s=FLUSH_S)
+        )
         await settle()
         self.running = None
         self.ledger.ended(running, power=False, cleanly=True)
