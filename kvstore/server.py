@@ -197,9 +197,8 @@ class NodeServer:
         end_s = loop.time() + grace_s
         # What is entered last is done first; whatever fails, all of it is done.
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._close_the_rest)
             stack.push_async_callback(self._close_runner)
-            for close in self._closers:
-                stack.push_async_callback(_finish, close)
             stack.push_async_callback(self._close_node, end_s)
             await self._drain(grace_s)
 
@@ -226,6 +225,13 @@ class NodeServer:
         self.hangs = not await self._runner.close(CLOSE_S / 2)
         if self.hangs:
             _log.warning("a device does not answer: its threads are left behind")
+
+    async def _close_the_rest(self) -> None:
+        if self.hangs:
+            return  # Threads still use it, the directory's lock above all; it ends with the process.
+        async with AsyncExitStack() as stack:
+            for close in self._closers:
+                stack.push_async_callback(_finish, close)
 
 
 async def _finish(close: Callable[[], Any]) -> None:
