@@ -228,7 +228,7 @@ class NodeServer:
 
     async def _close_the_rest(self) -> None:
         if self.hangs:
-            return  # Threads still use it, the directory's lock above all; it ends with the process.
+            return  # Threads still use it, above all the lock; it ends with the process.
         async with AsyncExitStack() as stack:
             for close in self._closers:
                 stack.push_async_callback(_finish, close)
