@@ -31,7 +31,35 @@ def put(memory: Memory, block: Block) -> Slot:
     slot = memory.reserve(block.ref, len(block.data))
     assert slot is not None
     slot.view[:] = block.data
-    return memory.commit(slot, block.parent, block.digest)
+    kept = memory.commit(slot, block.parent, block.digest)
+    assert kept is not None
+    return kept
+
+
+async def test_a_block_is_not_its_own_ancestor(rig: Rig) -> None:
+    """Whoever makes such a circle of names up gets no place, over however many blocks it goes."""
+    memory = rig.memory(8)
+    blocks = chain(count=4)
+    for block in blocks[1:]:
+        put(memory, block)
+    [head] = blocks[:1]
+    for parent in (head.ref, blocks[1].ref, blocks[3].ref):
+        assert await memory.store([head._replace(parent=parent)]) == [False]
+        assert memory.find(head.ref) is None
+        memory.check()
+    assert await memory.store([head]) == [True]
+    assert memory.forget([memory._index[head.ref]]) == 4
+
+
+async def test_who_waits_for_a_discarded_parent_goes_with_it(rig: Rig) -> None:
+    """Also where the parent lies elsewhere; the same for all parents of a namespace."""
+    memory = rig.memory(16)
+    orphans, others = chain("orphans", 3)[1:], chain("others", 2)
+    for forget in (memory.discard([chain("orphans", 1)[0].ref]), memory.clear(MINE)):
+        await memory.store([*orphans, *others])
+        assert await forget >= 2
+        assert await present(memory, orphans) == [False] * 2
+    assert await present(memory, others) == [False] * 2
 
 
 async def test_the_coldest_leave_when_it_is_full(rig: Rig) -> None:
@@ -238,7 +266,9 @@ async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> Non
         elif what in ("commit", "abort") and reserved:
             slot, block = reserved.pop(rng.randrange(len(reserved)))
             if what == "commit":
-                assert memory.commit(slot, block.parent, block.digest).view == block.data
+                kept = memory.commit(slot, block.parent, block.digest)
+                assert kept is not None
+                assert kept.view == block.data
             else:
                 memory.abort(slot)
         elif what == "pin" and here is not None and len(pins) < 10:

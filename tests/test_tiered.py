@@ -8,10 +8,13 @@ import pytest
 
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef, Tier
+from kvstore.files import PAGE_BYTES
+from kvstore.names import block_name
 from kvstore.policy.policy import Use
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.memory import Memory
+from kvstore.tiers.segment import file_name
 from kvstore.tiers.tiered import Acquired, Tiered, Want
 from tests.sim.blocks import chain_of, load_all, namespace_of, present
 from tests.sim.clock import settle
@@ -124,6 +127,63 @@ async def test_an_evicted_tail_can_be_matched_from_its_start(rig: Rig) -> None:
     below = await disk.locate(refs_of(hot))
     assert below[-1] is not None, "the tail was not demoted"
     assert all(below)
+
+
+async def test_what_descends_from_a_block_below_goes_with_it(rig: Rig) -> None:
+    """A block in memory whose grandparent is discarded below could never be matched again."""
+    tiered, _, disk = await over_disk(rig)
+    blocks = chain(count=3)
+    await disk.store(blocks)
+    [grandchild] = await tiered.acquire(wants_of(blocks[2:]))
+    assert grandchild is not None
+    tiered.release([grandchild])
+    assert await tiered.locate(refs_of(blocks)) == ["disk", "disk", "memory"]
+    await tiered.discard([blocks[0].ref])
+    assert await tiered.locate(refs_of(blocks)) == [None] * 3
+
+
+@pytest.mark.parametrize("lost", range(3))
+async def test_what_lost_its_parent_on_the_way_up_is_not_kept(rig: Rig, lost: int) -> None:
+    """A damaged block takes its descendants along: promoted without it they were of no use."""
+    files = SimulatedFiles()
+    disk = await rig.disk(files)
+    tiered = Tiered(rig.memory(8), disk, rig.metrics)
+    blocks = chain(count=3)
+    await disk.store(blocks)
+    entry = disk._index.find(block_name(blocks[lost].ref))
+    assert entry is not None
+    files.flip(file_name(entry.segment_id), 8 * (entry.offset + PAGE_BYTES))
+    expected = ["disk" if at < lost else None for at in range(3)]
+    assert await acquire(tiered, blocks) == expected
+    assert [bool(place) for place in await tiered.locate(refs_of(blocks))] == [
+        at < lost for at in range(3)
+    ]
+
+
+async def test_children_may_be_asked_for_before_their_parents(rig: Rig) -> None:
+    """The order of a batch does not decide who has a parent."""
+    tiered, _, disk = await over_disk(rig)
+    blocks = chain(count=4)
+    await disk.store(blocks)
+    assert await acquire(tiered, blocks[::-1]) == ["disk"] * 4
+    assert await tiered.locate(refs_of(blocks)) == ["memory"] * 4
+
+
+async def test_a_slow_tier_that_forgets_does_not_hold_up_others(rig: Rig) -> None:
+    """While a namespace is cleared below, others find room, and nothing of it is demoted."""
+    tiered, slow, disk = await over_disk(rig)
+    mine, theirs = chain("mine", 6), chain("theirs", 12, THEIRS)
+    await tiered.store(mine)
+    slow.before = gate = Gate("clear")
+    clearing = asyncio.create_task(tiered.clear(MINE))
+    await gate.reached.wait()
+    await tiered.store(mine)
+    assert await tiered.store(theirs) == [True] * 12
+    assert await disk.locate(refs_of(mine)) == [None] * 6
+    gate.opened.set()
+    await clearing
+    assert await tiered.locate(refs_of(mine)) == [None] * 6
+    assert await present(tiered, theirs) == [True] * 12
 
 
 async def test_without_a_slower_tier_eviction_forgets(rig: Rig) -> None:

@@ -103,12 +103,18 @@ class Memory:
         row[place] = slot
         return slot
 
-    def commit(self, slot: Slot, parent: BlockRef | None, digest: bytes) -> Slot:
-        """Makes a filled slot findable. A block that is here already stays and is returned."""
+    def commit(self, slot: Slot, parent: BlockRef | None, digest: bytes) -> Slot | None:
+        """Makes a filled slot findable. A block that is here already stays and is returned.
+
+        None, and the slot is given back, for a block that would be its own ancestor.
+        """
         present = self._index.get(slot.ref)
         if present is not None:
             self.abort(slot)
             return present
+        if self._descends_from(parent, slot.ref):
+            self.abort(slot)
+            return None
         slot.parent, slot.digest, slot.indexed = parent, digest, True
         self._unindexed.remove(slot)
         self._index[slot.ref] = slot
@@ -186,6 +192,18 @@ class Memory:
             self.evict(slot)
         return len(leaving)
 
+    def forget_waiting(self, parents: Iterable[BlockRef]) -> int:
+        """Forgets who waits for parents that seem to be nowhere; how many there were.
+
+        What is pinned stays: a tier that does not answer looks like one that has forgotten.
+        """
+        count = 0
+        for ref in parents:
+            for slot in list(self._orphans.get(ref, ())):
+                if not any(member.pins for member in with_descendants([slot])):
+                    count += self.forget([slot])
+        return count
+
     def use(self, use: Use[BlockRef]) -> None:
         """Tells the policy of a request: its whole chain, whether here or not."""
         self._policy.use(use)
@@ -200,6 +218,10 @@ class Memory:
         """Tells the policy what a caller says of a chain's future."""
         self._policy.advise(use)
 
+    def awaited(self) -> list[BlockRef]:
+        """The parents that are not here of blocks that are."""
+        return list(self._orphans)
+
     def slots(self) -> list[Slot]:
         """All findable slots, the one to evict first at the front."""
         return [self._index[ref] for ref in self._policy.victims(self.clock.monotonic_s())]
@@ -212,6 +234,19 @@ class Memory:
         if len(self._rows[slab]) != slots:  # It was of another class, and is empty.
             self._rows[slab] = [None] * slots
         return self._rows[slab], within // slot_bytes
+
+    def _descends_from(self, ref: BlockRef | None, ancestor: BlockRef) -> bool:
+        """Whether a block is `ancestor`, which is not here, or waits for it as its descendant.
+
+        Keys are digests of their parents, so that only who makes them up can have a circle; and
+        whoever follows a circle from block to block never ends.
+        """
+        if ref == ancestor or ancestor not in self._orphans:
+            return ref == ancestor
+        slot = self._index.get(ref) if ref is not None else None
+        while slot is not None and slot.above is not None:
+            slot = slot.above
+        return slot is not None and slot.parent == ancestor
 
     def _relate(self, slot: Slot) -> None:
         """Finds the relatives of a block that has come."""
@@ -279,14 +314,16 @@ class Memory:
         if slot is None:
             return False
         slot.view[:] = block.data
-        self.commit(slot, block.parent, block.digest)
-        return True
+        return self.commit(slot, block.parent, block.digest) is not None
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        return self.forget([self._index[ref] for ref in refs if ref in self._index])
+        gone = [self._index[ref] for ref in refs if ref in self._index]
+        # Whoever's parent lay elsewhere would wait for it in vain.
+        return self.forget([*gone, *(slot for ref in refs for slot in self._orphans.get(ref, ()))])
 
     async def clear(self, namespace: bytes) -> int:
-        return await self.discard([ref for ref in self._index if ref.namespace == namespace])
+        known = dict.fromkeys([*self._index, *self._orphans])
+        return await self.discard([ref for ref in known if ref.namespace == namespace])
 
     def usage(self) -> list[Usage]:
         used = self._slabs.used_bytes

@@ -49,6 +49,8 @@ class Tiered:
         self._metrics = metrics
         self._promoting: dict[BlockRef, asyncio.Task[dict[BlockRef, Acquired]]] = {}
         self._making_room = asyncio.Lock()
+        self._forgetting: list[Callable[[BlockRef], bool]] = []
+        """What is being forgotten now: it is not demoted."""
         self._demote_bytes = min(max(1, memory.capacity_bytes // 16), BATCH_BYTES)
 
     async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
@@ -80,17 +82,21 @@ class Tiered:
             slot = await self.reserve(block.ref, len(block.data))
             if slot is not None:
                 slot.view[:] = block.data
-                self.memory.commit(slot, block.parent, block.digest)
+                slot = self.memory.commit(slot, block.parent, block.digest)
             held.append(slot is not None)
         return held
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        gone = set(refs)
-        return await self._forget(lambda tier: tier.discard(refs), lambda ref: ref in gone)
+        gone, namespaces = set(refs), {ref.namespace for ref in refs}
+        return await self._forget(
+            lambda tier: tier.discard(refs), lambda ref: ref in gone, namespaces
+        )
 
     async def clear(self, namespace: bytes) -> int:
         return await self._forget(
-            lambda tier: tier.clear(namespace), lambda ref: ref.namespace == namespace
+            lambda tier: tier.clear(namespace),
+            lambda ref: ref.namespace == namespace,
+            {namespace},
         )
 
     def usage(self) -> list[Usage]:
@@ -174,27 +180,43 @@ class Tiered:
             await self._write_below([slot for slot in self.memory.slots() if slot.indexed])
 
     async def _forget(
-        self, forget: Callable[[Tier], Awaitable[int]], concerns: Callable[[BlockRef], bool]
+        self,
+        forget: Callable[[Tier], Awaitable[int]],
+        concerns: Callable[[BlockRef], bool],
+        namespaces: set[bytes],
     ) -> int:
         """Forgets above and below, also what was between the two at that moment."""
-        copies = await self._forget_once(forget)
-        promoting = {task for ref, task in self._promoting.items() if concerns(ref)}
-        if promoting:
-            await asyncio.wait(promoting)
-            copies += await self._forget_once(forget)
-        return copies
+        self._forgetting.append(concerns)
+        try:
+            copies = await self._forget_once(forget)
+            while promoting := {task for ref, task in self._promoting.items() if concerns(ref)}:
+                await asyncio.wait(promoting)
+                copies += await self._forget_once(forget)
+            return copies + await self._forget_stranded(namespaces)
+        finally:
+            self._forgetting.remove(concerns)
 
     async def _forget_once(self, forget: Callable[[Tier], Awaitable[int]]) -> int:
-        # Under the lock nothing is being demoted: what memory forgets does not turn up below.
+        # What is being demoted at this moment comes to lie below first; nothing follows it there.
         async with self._making_room:
             copies = await forget(self.memory)
-            if self._slow is None:
-                return copies
-            try:
-                copies += await forget(self._slow)
-            finally:
-                copies += await forget(self.memory)  # What a promotion has brought up meanwhile.
+        if self._slow is None:
             return copies
+        try:
+            copies += await forget(self._slow)
+        finally:
+            copies += await forget(self.memory)  # What a promotion has brought up meanwhile.
+        return copies
+
+    async def _forget_stranded(self, namespaces: set[bytes]) -> int:
+        """Forgets what waits in memory for a parent that was below, and went with its own."""
+        awaited = [ref for ref in self.memory.awaited() if ref.namespace in namespaces]
+        if not awaited or self._slow is None:
+            return 0
+        places = await self._slow.locate(awaited)
+        return self.memory.forget_waiting(
+            ref for ref, place in zip(awaited, places, strict=True) if place is None
+        )
 
     def _start_promotion(self, wants: list[Want]) -> "asyncio.Task[dict[BlockRef, Acquired]]":
         promotion = asyncio.create_task(self._promote(wants))
@@ -212,7 +234,9 @@ class Tiered:
                 reserved.append((want, slot))
             assert self._slow is not None
             answers = await self._slow.load([Load(w.ref, slot.view) for w, slot in reserved])
-            return self._commit_promoted(reserved, answers)
+            arrived = [w for (w, _), a in zip(reserved, answers, strict=True) if a is not None]
+            rooted = await self._rooted(arrived)
+            return self._commit_promoted(reserved, answers, rooted)
         except BaseException:
             for _, slot in reserved:
                 self.memory.abort(slot)
@@ -221,15 +245,38 @@ class Tiered:
             for want in wants:
                 del self._promoting[want.ref]
 
+    async def _rooted(self, wants: list[Want]) -> set[BlockRef]:
+        """Those whose parent is here or below: without it nobody could ever match them.
+
+        It is not, where it turned out to be damaged, and was dropped when it was to be promoted.
+        """
+        arrived = {want.ref for want in wants}
+        absent = [
+            want.parent
+            for want in wants
+            if want.parent and want.parent not in arrived and not self.memory.find(want.parent)
+        ]
+        assert self._slow is not None
+        places = await self._slow.locate(absent) if absent else []
+        lost = {ref for ref, place in zip(absent, places, strict=True) if place is None}
+        while more := {w.ref for w in wants if w.parent in lost} - lost:
+            lost |= more
+        return arrived - lost
+
     def _commit_promoted(
-        self, reserved: list[tuple[Want, Slot]], answers: list[Loaded | None]
+        self,
+        reserved: list[tuple[Want, Slot]],
+        answers: list[Loaded | None],
+        rooted: set[BlockRef],
     ) -> dict[BlockRef, Acquired]:
         promoted: dict[BlockRef, Acquired] = {}
         for (want, slot), loaded in zip(reserved, answers, strict=True):
-            if loaded is None:
+            if loaded is None or want.ref not in rooted:
                 self.memory.abort(slot)
                 continue
             kept = self.memory.commit(slot, want.parent, loaded.digest)
+            if kept is None:
+                continue
             promoted[want.ref] = Acquired(self.memory.pin(kept), loaded.tier)
             self._metrics.promoted_blocks.labels(loaded.tier).inc()
         return promoted
@@ -261,7 +308,11 @@ class Tiered:
     async def _write_below(self, slots: Sequence[Slot]) -> set[BlockRef]:
         """Stores slots and the ancestors that are missing below; the refs that lie there now."""
         assert self._slow is not None
-        family = [self.memory.pin(slot) for slot in self._with_ancestors(slots)]
+        family = [
+            self.memory.pin(slot)
+            for slot in self._with_ancestors(slots)
+            if not any(concerns(slot.ref) for concerns in self._forgetting)
+        ]
         try:
             refs = [slot.ref for slot in family]
             wanted = await self._slow.wants(refs)

@@ -125,7 +125,11 @@ BUGS = (
     ),
     _bug(
         "a load that failed counts as a hit",
-        (f"{_TIERED}._commit_promoted", "if loaded is None:", "if False:"),
+        (
+            f"{_TIERED}._commit_promoted",
+            "if loaded is None or want.ref not in rooted:",
+            "if False:",
+        ),
         (f"{_TIERED}._commit_promoted", "loaded.digest", "loaded.digest if loaded else b''"),
         (f"{_TIERED}._commit_promoted", "loaded.tier)\n", "'disk')\n"),
         (f"{_TIERED}._commit_promoted", "labels(loaded.tier)", "labels('disk')"),
