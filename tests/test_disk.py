@@ -69,7 +69,7 @@ async def close(rig: Rig, files: SimulatedFiles, tier: DiskTier) -> None:
 
 
 async def test_a_closed_tier_is_read_by_its_footers(rig: Rig) -> None:
-    """After an orderly end nothing but first pages and footers is read, and all is there."""
+    """After an orderly end nothing but first pages, first headers and footers is read."""
     files = SimulatedFiles()
     tier = await small(rig, files)
     blocks = chain(count=12)
@@ -79,7 +79,7 @@ async def test_a_closed_tier_is_read_by_its_footers(rig: Rig) -> None:
     assert segments > 1
     files.done.clear()
     tier = await small(rig, files)
-    assert files.done["read"] <= 3 * segments
+    assert files.done["read"] <= 4 * segments
     assert await present(tier, blocks) == [True] * 12
 
 
@@ -95,7 +95,7 @@ async def test_a_killed_tier_is_read_by_scanning(rig: Rig) -> None:
     kill(rig, files, tier)
     files.done.clear()
     tier = await small(rig, files)
-    assert files.done["read"] <= 3 * len(files.names())
+    assert files.done["read"] <= 4 * len(files.names())
     assert await present(tier, blocks) == [True] * 12
     assert sum(blocks for _, blocks, _ in rig.sealed) == 12
 
@@ -172,7 +172,7 @@ async def test_a_scribbled_tail_is_cut(rig: Rig, rng: random.Random) -> None:
         kill(rig, files, tier)
         files.done.clear()
         tier = await rig.disk(files)
-        assert files.done["read"] <= 3, "what was cut is sealed"
+        assert files.done["read"] <= 4, "what was cut is sealed"
         assert await present(tier, blocks) == held
         await close(rig, files, tier)
 
@@ -707,18 +707,22 @@ async def test_a_volume_smaller_than_the_capacity_is_used_like_a_smaller_capacit
     taken = 0
     for number in range(60):
         blocks = chain(f"{number}", 4)
-        await attempt(tier.store(blocks))
+        await tier.store(blocks)
         taken += all(await present(tier, blocks))
         tier.check()
+        if number % 20 == 10:  # Sealed with hardly anything in it: its room is not enough.
+            await close(rig, files, tier)
+            tier = await small(rig, files)
     assert files.injected["enospc"] > 0
-    assert taken > 30
+    assert taken > 50
+    assert await tier.discard([block.ref for block in blocks]) == 4
     assert not any(await present(tier, chain("0", 4)))
     kill(rig, files, tier)
     await serves(await small(rig, files), "restarted", 1)
 
 
-async def test_a_device_that_never_has_room_costs_one_segment(rig: Rig) -> None:
-    """Where making room does not help, what is there stays."""
+async def test_a_device_that_never_has_room_costs_two_segments(rig: Rig) -> None:
+    """Where making room does not help, what else is there stays."""
     files = SimulatedFiles()
     tier = await small(rig, files)
     await serves(tier, "before", 12)
@@ -726,7 +730,7 @@ async def test_a_device_that_never_has_room_costs_one_segment(rig: Rig) -> None:
     files.fault = FailAlways(errno.ENOSPC, ["write"])
     for number in range(30):
         await attempt(tier.store(chain(f"{number}", 4)))
-    assert before - set(segment_ids(files.names())) == {min(before)}
+    assert before - set(segment_ids(files.names())) <= set(sorted(before)[:3])
     files.fault = None
     await serves(tier, "after", 12)
 
