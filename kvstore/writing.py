@@ -132,8 +132,8 @@ class Incoming:
             # It was discarded while its child came: without it the child would be of no use.
             self._tiers.memory.abort(slot)
             return
-        self._tiers.memory.commit(slot, self._parents[index], self._digest)
-        self._held[index] = True
+        kept = self._tiers.memory.commit(slot, self._parents[index], self._digest)
+        self._held[index] = kept is not None
 
     def _check_complete(self) -> None:
         if self._current is not None:

@@ -11,6 +11,7 @@ from kvstore.api.tier import Block, BlockRef, Load
 from kvstore.policy.policies import make_policy
 from kvstore.policy.policy import Use
 from kvstore.tiers.arena import Arena
+from kvstore.tiers.lineage import Member, with_descendants
 from kvstore.tiers.memory import Memory, Slot
 from kvstore.tiers.slabs import PAGE_BYTES
 from tests.sim.blocks import block_of, chain_of, keys_of, load_all, namespace_of, present
@@ -31,7 +32,9 @@ def put(memory: Memory, block: Block) -> Slot:
     slot = memory.reserve(block.ref, len(block.data))
     assert slot is not None
     slot.view[:] = block.data
-    return memory.commit(slot, block.parent, block.digest)
+    kept = memory.commit(slot, block.parent, block.digest)
+    assert kept is not None
+    return kept
 
 
 async def test_the_coldest_leave_when_it_is_full(rig: Rig) -> None:
@@ -212,6 +215,29 @@ async def test_who_forgets_a_block_forgets_what_descends_from_it(rig: Rig) -> No
     assert_idle(memory)
 
 
+@pytest.mark.parametrize("length", [1, 2, 5])
+async def test_no_block_descends_from_itself(rig: Rig, length: int) -> None:
+    """Whoever would close a circle of parents is refused; his slot is free, the others stay."""
+    memory = rig.memory(8)
+    blocks = chain(count=length)
+    await memory.store(blocks[1:])
+    first = blocks[0]._replace(parent=blocks[-1].ref)
+    assert await memory.store([first]) == [False]
+    memory.check()
+    assert await present(memory, blocks) == [False] + [True] * (length - 1)
+    assert_idle(memory)
+    assert await memory.store(blocks[:1]) == [True]
+    assert await memory.discard([blocks[0].ref]) == length
+
+
+def test_members_of_a_circle_are_named_once() -> None:
+    """Even where somebody made one, its walk comes to an end."""
+    one, two = Member(), Member()
+    one.adopt(two)
+    two.adopt(one)
+    assert set(with_descendants([one])) == {one, two}
+
+
 async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> None:
     """Every plain decision at random, several sizes, pins that outlive their block: all counted.
 
@@ -238,7 +264,9 @@ async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> Non
         elif what in ("commit", "abort") and reserved:
             slot, block = reserved.pop(rng.randrange(len(reserved)))
             if what == "commit":
-                assert memory.commit(slot, block.parent, block.digest).view == block.data
+                kept = memory.commit(slot, block.parent, block.digest)
+                assert kept is not None
+                assert kept.view == block.data
             else:
                 memory.abort(slot)
         elif what == "pin" and here is not None and len(pins) < 10:

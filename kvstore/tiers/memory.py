@@ -103,12 +103,19 @@ class Memory:
         row[place] = slot
         return slot
 
-    def commit(self, slot: Slot, parent: BlockRef | None, digest: bytes) -> Slot:
-        """Makes a filled slot findable. A block that is here already stays and is returned."""
+    def commit(self, slot: Slot, parent: BlockRef | None, digest: bytes) -> Slot | None:
+        """Makes a filled slot findable. A block that is here already stays and is returned.
+
+        None, with the slot given back, for a block that would descend from itself: no chain has
+        such a block, and nothing above it would ever come to an end.
+        """
         present = self._index.get(slot.ref)
         if present is not None:
             self.abort(slot)
             return present
+        if self._descends_from(parent, slot.ref):
+            self.abort(slot)
+            return None
         slot.parent, slot.digest, slot.indexed = parent, digest, True
         self._unindexed.remove(slot)
         self._index[slot.ref] = slot
@@ -213,6 +220,17 @@ class Memory:
             self._rows[slab] = [None] * slots
         return self._rows[slab], within // slot_bytes
 
+    def _descends_from(self, ref: BlockRef | None, ancestor: BlockRef) -> bool:
+        """Whether a block is `ancestor`, which is not here, or descends from it."""
+        if ref == ancestor:
+            return True
+        if ref is None or ancestor not in self._orphans:
+            return False  # Nobody here has it as a parent.
+        slot = self._index.get(ref)
+        while slot is not None and slot.parent != ancestor:
+            slot = slot.above
+        return slot is not None
+
     def _relate(self, slot: Slot) -> None:
         """Finds the relatives of a block that has come."""
         above = self._index.get(slot.parent) if slot.parent is not None else None
@@ -279,8 +297,7 @@ class Memory:
         if slot is None:
             return False
         slot.view[:] = block.data
-        self.commit(slot, block.parent, block.digest)
-        return True
+        return self.commit(slot, block.parent, block.digest) is not None
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
         return self.forget([self._index[ref] for ref in refs if ref in self._index])

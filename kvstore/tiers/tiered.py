@@ -80,7 +80,7 @@ class Tiered:
             slot = await self.reserve(block.ref, len(block.data))
             if slot is not None:
                 slot.view[:] = block.data
-                self.memory.commit(slot, block.parent, block.digest)
+                slot = self.memory.commit(slot, block.parent, block.digest)
             held.append(slot is not None)
         return held
 
@@ -230,6 +230,8 @@ class Tiered:
                 self.memory.abort(slot)
                 continue
             kept = self.memory.commit(slot, want.parent, loaded.digest)
+            if kept is None:
+                continue
             promoted[want.ref] = Acquired(self.memory.pin(kept), loaded.tier)
             self._metrics.promoted_blocks.labels(loaded.tier).inc()
         return promoted
@@ -280,14 +282,12 @@ class Tiered:
         """The slots and all their ancestors in memory, parents before children, each once."""
         family: dict[BlockRef, Slot] = {}
         for slot in slots:
-            line = [slot]
-            while (parent := line[-1].parent) is not None and parent not in family:
-                above = self.memory.find(parent)
-                if above is None:
-                    break
-                line.append(above)
-            for member in reversed(line):
-                family.setdefault(member.ref, member)
+            line: dict[BlockRef, Slot] = {}
+            above: Slot | None = slot
+            while above is not None and above.ref not in family and above.ref not in line:
+                line[above.ref] = above
+                above = above.above
+            family.update(reversed(line.items()))
         return list(family.values())
 
 
