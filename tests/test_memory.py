@@ -215,6 +215,24 @@ async def test_who_forgets_a_block_forgets_what_descends_from_it(rig: Rig) -> No
     assert_idle(memory)
 
 
+@pytest.mark.parametrize("whole_namespace", [False, True])
+async def test_who_forgets_a_block_that_is_not_here_forgets_who_waits_for_it(
+    rig: Rig, whole_namespace: bool
+) -> None:
+    """Its children here, also those of another namespace, and all that descends from them."""
+    memory = rig.memory(8)
+    head, *tail = chain(count=2)
+    theirs = block_of(BlockRef(namespace_of("theirs"), b"t" * 32), tail[0].ref, SIZE)
+    foreign = block_of(BlockRef(namespace_of("theirs"), b"f" * 32), head.ref, SIZE)
+    other = chain("other", 1)[0]._replace(ref=BlockRef(namespace_of("theirs"), b"o" * 32))
+    await memory.store([*tail, theirs, foreign, other])
+    copies = await (memory.clear(MINE) if whole_namespace else memory.discard([head.ref]))
+    assert copies == 3
+    here = [*tail, theirs, foreign, other]
+    assert await memory.locate([block.ref for block in here]) == [None] * 3 + ["memory"]
+    assert_idle(memory)
+
+
 @pytest.mark.parametrize("length", [1, 2, 5])
 async def test_no_block_descends_from_itself(rig: Rig, length: int) -> None:
     """Whoever would close a circle of parents is refused; his slot is free, the others stay."""

@@ -390,6 +390,16 @@ async def test_what_is_discarded_during_its_demotion_is_gone(rig: Rig) -> None:
     assert await disk.locate(refs_of(blocks)) == [None] * 8
 
 
+async def test_what_lies_below_is_discarded_with_its_children_in_memory(rig: Rig) -> None:
+    """Without it nobody could match them, and they would take room for nothing."""
+    tiered, _, disk = await over_disk(rig)
+    blocks = chain(count=3)
+    await disk.store(blocks[:1])
+    await tiered.store(blocks[1:])
+    assert await tiered.discard(refs_of(blocks[:1])) == 3
+    assert await tiered.locate(refs_of(blocks)) == [None] * 3
+
+
 @pytest.mark.parametrize("whole_namespace", [False, True])
 async def test_what_is_discarded_during_its_promotion_is_gone(
     rig: Rig, whole_namespace: bool

@@ -300,10 +300,14 @@ class Memory:
         return self.commit(slot, block.parent, block.digest) is not None
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        return self.forget([self._index[ref] for ref in refs if ref in self._index])
+        """Also forgets the children of blocks that are not here: they wait for nobody now."""
+        here = [self._index[ref] for ref in refs if ref in self._index]
+        waiting = [child for ref in refs for child in self._orphans.get(ref, ())]
+        return self.forget([*here, *waiting])
 
     async def clear(self, namespace: bytes) -> int:
-        return await self.discard([ref for ref in self._index if ref.namespace == namespace])
+        known = [*self._index, *self._orphans]
+        return await self.discard([ref for ref in known if ref.namespace == namespace])
 
     def usage(self) -> list[Usage]:
         used = self._slabs.used_bytes
