@@ -421,6 +421,96 @@ async def test_what_is_discarded_during_its_promotion_is_gone(
     assert await present(tiered, others) == [True] * 2
 
 
+async def test_what_comes_and_goes_while_it_is_discarded_is_gone(rig: Rig) -> None:
+    """However often it passes between the tiers meanwhile.
+
+    1. A block is on its way up when somebody discards it.
+    2. It arrives, and is written below again.
+    3. It leaves memory, and is on its way up once more.
+    """
+    tiered, slow, disk = await over_disk(rig)
+    [block], fillers = chain(count=1), chain("fillers", 8)
+    await disk.store([block])
+    slow.after = first = Gate("load")
+    acquiring = asyncio.create_task(acquire(tiered, [block]))
+    await first.reached.wait()
+    discarding = asyncio.create_task(tiered.discard([block.ref]))
+    await settle()
+    # Somebody is making room all the while.
+    await tiered.store(fillers[:7])
+    slow.before = room = Gate("wants")
+    storing = asyncio.create_task(tiered.store(fillers[7:]))
+    await room.reached.wait()
+    slow.before = Gate("none")
+    first.opened.set()
+    await acquiring
+    await tiered.flush()
+    if (slot := tiered.memory.find(block.ref)) is not None:
+        tiered.memory.evict(slot)
+    slow.after = second = Gate("load")
+    again = asyncio.create_task(acquire(tiered, [block]))
+    await settle()
+    room.opened.set()
+    await asyncio.gather(storing, discarding)
+    second.opened.set()
+    await again
+    assert await tiered.locate([block.ref]) == [None]
+
+
+async def test_nobody_waits_while_others_clear(rig: Rig) -> None:
+    """Room is made, and blocks go below and come up, however long a clear takes."""
+    tiered, slow, disk = await over_disk(rig)
+    below, more = chain("below", 2, THEIRS), chain("more", 20, THEIRS)
+    await disk.store(below)
+    await tiered.store(chain())
+    slow.before = gate = Gate("clear")
+    clearing = asyncio.create_task(tiered.clear(MINE))
+    await gate.reached.wait()
+    async with asyncio.timeout(10):
+        assert await tiered.store(more) == [True] * 20
+        assert await acquire(tiered, below) == ["disk"] * 2
+    assert await present(tiered, more) == [True] * 20
+    assert not clearing.done()
+    gate.opened.set()
+    assert await clearing >= 8
+
+
+async def test_what_is_being_forgotten_stays_where_it_is(rig: Rig) -> None:
+    """It neither comes up nor goes below, also if it is written again meanwhile."""
+    tiered, slow, disk = await over_disk(rig)
+    below, again = chain("below", 2), chain("again", 2)
+    await disk.store(below)
+    slow.before = gate = Gate("clear")
+    clearing = asyncio.create_task(tiered.clear(MINE))
+    await gate.reached.wait()
+    assert await acquire(tiered, below) == [None] * 2
+    await tiered.store(again)
+    await tiered.store(chain("others", 8, THEIRS))
+    assert await tiered.locate(refs_of([*below, *again])) == ["disk"] * 2 + [None] * 2
+    gate.opened.set()
+    assert await clearing == 2
+    assert await tiered.locate(refs_of([*below, *again])) == [None] * 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_after_a_clear_blocks_come_and_go_again(rig: Rig, fails: bool) -> None:
+    """Whether it succeeded, or its caller was told that it did not."""
+    tiered, slow, disk = await over_disk(rig)
+    blocks = chain(count=2)
+    slow.before = gate = Gate("clear")
+    gate.error = TierError("planted") if fails else None
+    gate.opened.set()
+    if fails:
+        with pytest.raises(TierError):
+            await tiered.clear(MINE)
+    else:
+        await tiered.clear(MINE)
+    await tiered.store(blocks)
+    await tiered.store(chain("others", 8, THEIRS))
+    assert await disk.locate(refs_of(blocks)) == ["disk"] * 2
+    assert await acquire(tiered, blocks) == ["disk"] * 2
+
+
 # Restarts.
 
 

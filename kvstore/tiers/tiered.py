@@ -14,6 +14,7 @@ from kvstore.metrics import Metrics
 from kvstore.policy.policy import Use
 from kvstore.tiers.lending import Lending, Lent
 from kvstore.tiers.memory import Memory, Slot
+from kvstore.tiers.oblivion import Concerns, Oblivion, Watch
 
 BATCH_BYTES = 64 << 20
 """At most about this much goes to the slower tier at once, so that its deadline can hold."""
@@ -38,6 +39,9 @@ class Tiered:
     """`memory` over `slow`; without `slow`, what memory evicts is gone.
 
     One promotion per block however many ask: later callers wait for the first one's.
+
+    What is being forgotten is neither demoted nor promoted until it is, so that it cannot turn up
+    again behind the answer; nobody else waits for it.
     """
 
     name = "tiered"
@@ -48,6 +52,9 @@ class Tiered:
         self._slow = Lending(slow, metrics, keep_bytes=keep_bytes) if slow is not None else None
         self._metrics = metrics
         self._promoting: dict[BlockRef, asyncio.Task[dict[BlockRef, Acquired]]] = {}
+        self._going_below: dict[asyncio.Future[None], list[BlockRef]] = {}
+        """What is being written to the slower tier, by what will be done when it is over."""
+        self.oblivion = Oblivion()
         self._making_room = asyncio.Lock()
         self._demote_bytes = min(max(1, memory.capacity_bytes // 16), BATCH_BYTES)
 
@@ -127,7 +134,9 @@ class Tiered:
         mine = {
             want.ref: want
             for want in wants
-            if self.memory.find(want.ref) is None and want.ref not in self._promoting
+            if self.memory.find(want.ref) is None
+            and want.ref not in self._promoting
+            and not self.oblivion.concerns(want.ref)
         }
         begin = bool(mine) and self._slow is not None
         promotion = self._start_promotion(list(mine.values())) if begin else None
@@ -173,28 +182,24 @@ class Tiered:
         if self._slow is not None:
             await self._write_below([slot for slot in self.memory.slots() if slot.indexed])
 
-    async def _forget(
-        self, forget: Callable[[Tier], Awaitable[int]], concerns: Callable[[BlockRef], bool]
-    ) -> int:
-        """Forgets above and below, also what was between the two at that moment."""
-        copies = await self._forget_once(forget)
-        promoting = {task for ref, task in self._promoting.items() if concerns(ref)}
-        if promoting:
-            await asyncio.wait(promoting)
-            copies += await self._forget_once(forget)
-        return copies
-
-    async def _forget_once(self, forget: Callable[[Tier], Awaitable[int]]) -> int:
-        # Under the lock nothing is being demoted: what memory forgets does not turn up below.
-        async with self._making_room:
+    async def _forget(self, forget: Callable[[Tier], Awaitable[int]], concerns: Concerns) -> int:
+        """Forgets above and below, also what is between the two at that moment."""
+        with self.oblivion.forgetting(concerns):
             copies = await forget(self.memory)
             if self._slow is None:
                 return copies
             try:
+                await self._wait_below(concerns)
                 copies += await forget(self._slow)
             finally:
-                copies += await forget(self.memory)  # What a promotion has brought up meanwhile.
+                copies += await forget(self.memory)  # What has been written meanwhile.
             return copies
+
+    async def _wait_below(self, concerns: Concerns) -> None:
+        """Returns when nothing of this is on its way below, where it would arrive too late."""
+        writes = [over for over, refs in self._going_below.items() if any(map(concerns, refs))]
+        if writes:
+            await asyncio.wait(writes)
 
     def _start_promotion(self, wants: list[Want]) -> "asyncio.Task[dict[BlockRef, Acquired]]":
         promotion = asyncio.create_task(self._promote(wants))
@@ -203,6 +208,7 @@ class Tiered:
         return promotion
 
     async def _promote(self, wants: list[Want]) -> dict[BlockRef, Acquired]:
+        watch = self.oblivion.watch(ref for want in wants for ref in want[:2] if ref is not None)
         reserved: list[tuple[Want, Slot]] = []
         try:
             for want in wants:
@@ -212,7 +218,7 @@ class Tiered:
                 reserved.append((want, slot))
             assert self._slow is not None
             answers = await self._slow.load([Load(w.ref, slot.view) for w, slot in reserved])
-            return self._commit_promoted(reserved, answers)
+            return self._commit_promoted(reserved, answers, watch)
         except BaseException:
             for _, slot in reserved:
                 self.memory.abort(slot)
@@ -222,11 +228,11 @@ class Tiered:
                 del self._promoting[want.ref]
 
     def _commit_promoted(
-        self, reserved: list[tuple[Want, Slot]], answers: list[Loaded | None]
+        self, reserved: list[tuple[Want, Slot]], answers: list[Loaded | None], watch: Watch
     ) -> dict[BlockRef, Acquired]:
         promoted: dict[BlockRef, Acquired] = {}
         for (want, slot), loaded in zip(reserved, answers, strict=True):
-            if loaded is None:
+            if loaded is None or want.ref in watch.lost:
                 self.memory.abort(slot)
                 continue
             kept = self.memory.commit(slot, want.parent, loaded.digest)
@@ -265,18 +271,32 @@ class Tiered:
         assert self._slow is not None
         family = [self.memory.pin(slot) for slot in self._with_ancestors(slots)]
         try:
-            refs = [slot.ref for slot in family]
-            wanted = await self._slow.wants(refs)
+            wanted = await self._slow.wants([slot.ref for slot in family])
+            held = {slot.ref for slot, want in zip(family, wanted, strict=True) if not want}
             missing = [slot for slot, want in zip(family, wanted, strict=True) if want]
-            blocks = [Block(slot.ref, slot.parent, slot.digest, slot.view) for slot in missing]
-            refused: set[BlockRef] = set()
-            for batch in _batches(blocks):
-                held = await self._slow.store(batch)
-                refused |= {b.ref for b, kept in zip(batch, held, strict=True) if not kept}
-            return set(refs) - refused
+            for batch in _batches(missing):
+                held |= await self._store_below(batch)
+            return held
         finally:
             for slot in family:
                 self.memory.unpin(slot)
+
+    async def _store_below(self, slots: Sequence[Slot]) -> set[BlockRef]:
+        """Stores what nobody has forgotten, or is forgetting; the refs that were taken."""
+        assert self._slow is not None
+        kept = [slot for slot in slots if slot.indexed and not self.oblivion.concerns(slot.ref)]
+        if not kept:
+            return set()
+        refs = [slot.ref for slot in kept]
+        blocks = [Block(slot.ref, slot.parent, slot.digest, slot.view) for slot in kept]
+        over = asyncio.get_running_loop().create_future()
+        self._going_below[over] = refs
+        try:
+            taken = await self._slow.store(blocks)
+        finally:
+            del self._going_below[over]
+            over.set_result(None)
+        return {ref for ref, took in zip(refs, taken, strict=True) if took}
 
     def _with_ancestors(self, slots: Sequence[Slot]) -> list[Slot]:
         """The slots and all their ancestors in memory, parents before children, each once."""
@@ -291,12 +311,12 @@ class Tiered:
         return list(family.values())
 
 
-def _batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
-    batch: list[Block] = []
+def _batches(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+    batch: list[Slot] = []
     size = 0
-    for block in blocks:
-        batch.append(block)
-        size += len(block.data)
+    for slot in slots:
+        batch.append(slot)
+        size += slot.size
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
