@@ -366,6 +366,62 @@ async def _acquire_or_store(
         await tiered.store(blocks)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+async def test_what_arrives_without_its_parent_is_not_kept(rig: Rig, order: int) -> None:
+    """Neither a child of what did not arrive, nor its children, in whatever order they came."""
+    below = rig.memory()
+    tiered = Tiered(rig.memory(8), below, rig.metrics)
+    blocks, others = chain(count=6), chain("others", 2)
+    await below.store([*blocks, *others])
+    lost = below.find(blocks[3].ref)
+    assert lost is not None
+    below.evict(lost)
+    found = ["memory"] * 3 + [None] * 3
+    assert (
+        await acquire(tiered, [*blocks, *others][::order]) == [*found, "memory", "memory"][::order]
+    )
+    assert await tiered.memory.locate(refs_of(blocks)) == found
+    assert rig.counted("promoted_blocks", tier="memory") == 5
+
+
+@pytest.mark.parametrize("parents", ["here", "below", "nowhere", "elsewhere"])
+async def test_what_arrives_alone_needs_its_parent_somewhere(rig: Rig, parents: str) -> None:
+    """In memory or below, also in another namespace; a block without a parent needs none."""
+    below = rig.memory()
+    tiered = Tiered(rig.memory(8), below, rig.metrics)
+    above, child, free = chain("above", 1)[0], chain(count=1)[0], chain("free", 1)[0]
+    if parents == "elsewhere":
+        above = chain("above", 1, THEIRS)[0]
+    child = child._replace(parent=above.ref)
+    await below.store([child, free])
+    if parents == "here":
+        await tiered.store([above])
+    elif parents != "nowhere":
+        await below.store([above])
+    place = None if parents == "nowhere" else "memory"
+    assert await acquire(tiered, [child, free]) == [place, "memory"]
+    assert await tiered.memory.locate([child.ref, free.ref]) == [place, "memory"]
+
+
+async def test_what_arrives_while_its_parent_is_discarded_is_not_kept(rig: Rig) -> None:
+    """Though the parent still lies below: it will not for long."""
+    below = rig.memory()
+    slow = Faulty(below)
+    tiered = Tiered(rig.memory(8), slow, rig.metrics)
+    above, child = chain(count=2)
+    await below.store([above, child])
+    slow.after, slow.before = loading, forgetting = Gate("load"), Gate("discard")
+    acquiring = asyncio.create_task(acquire(tiered, [child]))
+    await loading.reached.wait()
+    discarding = asyncio.create_task(tiered.discard([above.ref]))
+    await forgetting.reached.wait()
+    loading.opened.set()
+    assert await acquiring == [None]
+    forgetting.opened.set()
+    assert await discarding == 2
+    assert await tiered.locate([above.ref, child.ref]) == [None] * 2
+
+
 # Forgetting while something is under way.
 
 

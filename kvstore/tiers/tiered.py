@@ -209,37 +209,60 @@ class Tiered:
 
     async def _promote(self, wants: list[Want]) -> dict[BlockRef, Acquired]:
         watch = self.oblivion.watch(ref for want in wants for ref in want[:2] if ref is not None)
-        reserved: list[tuple[Want, Slot]] = []
+        reserved: dict[Want, Slot] = {}
         try:
             for want in wants:
                 slot = await self.reserve(want.ref, want.size)
                 if slot is None:
                     break
-                reserved.append((want, slot))
+                reserved[want] = slot
             assert self._slow is not None
-            answers = await self._slow.load([Load(w.ref, slot.view) for w, slot in reserved])
-            return self._commit_promoted(reserved, answers, watch)
-        except BaseException:
-            for _, slot in reserved:
-                self.memory.abort(slot)
-            raise
+            loads = [Load(want.ref, slot.view) for want, slot in reserved.items()]
+            answers = await self._slow.load(loads)
+            arrived = dict(zip(reserved, answers, strict=True))
+            below = await self._parents_below(arrived)
+            return self._commit_promoted(reserved, arrived, below - watch.lost, watch)
         finally:
+            for slot in reserved.values():
+                self.memory.abort(slot)
             for want in wants:
                 del self._promoting[want.ref]
 
+    async def _parents_below(self, arrived: Mapping[Want, Loaded | None]) -> set[BlockRef]:
+        """The parents of what has arrived that lie below, where they neither came nor are here."""
+        asked = {want.ref for want in arrived}
+        parents = dict.fromkeys(want.parent for want, loaded in arrived.items() if loaded)
+        absent = [
+            ref
+            for ref in parents
+            if ref is not None and ref not in asked and self.memory.find(ref) is None
+        ]
+        if not absent:
+            return set()
+        assert self._slow is not None
+        places = await self._slow.locate(absent)
+        return {ref for ref, place in zip(absent, places, strict=True) if place is not None}
+
     def _commit_promoted(
-        self, reserved: list[tuple[Want, Slot]], answers: list[Loaded | None], watch: Watch
+        self,
+        reserved: dict[Want, Slot],
+        arrived: Mapping[Want, Loaded | None],
+        below: set[BlockRef],
+        watch: Watch,
     ) -> dict[BlockRef, Acquired]:
+        """Takes the slots of what can be matched: it has arrived, and its parent is somewhere."""
         promoted: dict[BlockRef, Acquired] = {}
-        for (want, slot), loaded in zip(reserved, answers, strict=True):
+        for want in _parents_first(arrived):
+            loaded, parent = arrived[want], want.parent
             if loaded is None or want.ref in watch.lost:
-                self.memory.abort(slot)
                 continue
-            kept = self.memory.commit(slot, want.parent, loaded.digest)
-            if kept is None:
+            here = parent is None or self.memory.find(parent) is not None
+            if not here and parent not in below:
                 continue
-            promoted[want.ref] = Acquired(self.memory.pin(kept), loaded.tier)
-            self._metrics.promoted_blocks.labels(loaded.tier).inc()
+            kept = self.memory.commit(reserved.pop(want), parent, loaded.digest)
+            if kept is not None:
+                promoted[want.ref] = Acquired(self.memory.pin(kept), loaded.tier)
+                self._metrics.promoted_blocks.labels(loaded.tier).inc()
         return promoted
 
     def _unpin_all(self, promotion: "asyncio.Task[dict[BlockRef, Acquired]]") -> None:
@@ -309,6 +332,19 @@ class Tiered:
                 above = above.above
             family.update(reversed(line.items()))
         return list(family.values())
+
+
+def _parents_first(wants: Iterable[Want]) -> list[Want]:
+    """Sorted so that nobody stands before its parent, without those who are in a circle."""
+    known = {want.ref: want for want in wants}
+    children: dict[BlockRef | None, list[Want]] = {}
+    for want in known.values():
+        parent = want.parent if want.parent in known else None
+        children.setdefault(parent, []).append(want)
+    placed = children.get(None, [])
+    for want in placed:
+        placed += children.get(want.ref, [])
+    return placed
 
 
 def _batches(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
