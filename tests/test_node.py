@@ -122,10 +122,16 @@ async def store(rig: Rig) -> AsyncIterator[Store]:
     await quiet(store.tiers)
 
 
-async def test_a_block_whose_parent_is_discarded_while_it_comes_is_not_kept(store: Store) -> None:
+@pytest.mark.parametrize("place", ["memory", "disk"])
+async def test_a_block_whose_parent_is_discarded_while_it_comes_is_not_kept(
+    store: Store, place: str
+) -> None:
     """Nobody could match it. What follows it in the run passes by as well."""
     keys = keys_of("chain", 3)
     await store.store(keys[:1])
+    if place == "disk":
+        await store.press()
+    assert store.in_memory(keys[:1]) == [place == "memory"]
     incoming = await store.node.write(ACME, "", store.space_id, keys)
     for index in incoming.wanted:
         data = data_of(BlockRef(store.space_id, keys[index]), BLOCK_BYTES)
