@@ -11,6 +11,7 @@ from kvstore.api.tier import Block, BlockRef, Load
 from kvstore.policy.policies import make_policy
 from kvstore.policy.policy import Use
 from kvstore.tiers.arena import Arena
+from kvstore.tiers.lineage import Member, with_descendants
 from kvstore.tiers.memory import Memory, Slot
 from kvstore.tiers.slabs import PAGE_BYTES
 from tests.sim.blocks import block_of, chain_of, keys_of, load_all, namespace_of, present
@@ -252,6 +253,47 @@ async def test_who_forgets_a_block_forgets_what_descends_from_it(rig: Rig) -> No
     memory.check()
     assert await memory.discard([blocks[0].ref]) == 4
     assert_idle(memory)
+
+
+@pytest.mark.parametrize("whole_namespace", [False, True])
+async def test_who_forgets_a_block_that_is_not_here_forgets_who_waits_for_it(
+    rig: Rig, whole_namespace: bool
+) -> None:
+    """Its children here, also those of another namespace, and all that descends from them."""
+    memory = rig.memory(8)
+    head, *tail = chain(count=2)
+    theirs = block_of(BlockRef(namespace_of("theirs"), b"t" * 32), tail[0].ref, SIZE)
+    foreign = block_of(BlockRef(namespace_of("theirs"), b"f" * 32), head.ref, SIZE)
+    other = chain("other", 1)[0]._replace(ref=BlockRef(namespace_of("theirs"), b"o" * 32))
+    await memory.store([*tail, theirs, foreign, other])
+    copies = await (memory.clear(MINE) if whole_namespace else memory.discard([head.ref]))
+    assert copies == 3
+    here = [*tail, theirs, foreign, other]
+    assert await memory.locate([block.ref for block in here]) == [None] * 3 + ["memory"]
+    assert_idle(memory)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+async def test_no_block_descends_from_itself(rig: Rig, length: int) -> None:
+    """Whoever would close a circle of parents is refused; his slot is free, the others stay."""
+    memory = rig.memory(8)
+    blocks = chain(count=length)
+    await memory.store(blocks[1:])
+    first = blocks[0]._replace(parent=blocks[-1].ref)
+    assert await memory.store([first]) == [False]
+    memory.check()
+    assert await present(memory, blocks) == [False] + [True] * (length - 1)
+    assert_idle(memory)
+    assert await memory.store(blocks[:1]) == [True]
+    assert await memory.discard([blocks[0].ref]) == length
+
+
+def test_members_of_a_circle_are_named_once() -> None:
+    """Even where somebody made one, its walk comes to an end."""
+    one, two = Member(), Member()
+    one.adopt(two)
+    two.adopt(one)
+    assert set(with_descendants([one])) == {one, two}
 
 
 async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> None:

@@ -149,6 +149,18 @@ async def test_a_block_whose_parent_is_discarded_while_it_comes_is_not_kept(
     assert store.in_memory(keys) == [False] * 3
 
 
+async def test_a_caller_who_makes_a_block_its_own_ancestor_is_refused(store: Store) -> None:
+    """He holds nothing of what he wrote, and memory goes on making room."""
+    first, second, third = keys_of("chain", 3)
+    await store.store([first, second])
+    [slot] = [s for s in store.tiers.memory.slots() if s.ref.key == first]
+    store.tiers.memory.evict(slot)
+    assert await store.store([first], parent_key=second) == []
+    assert await store.store([third], parent_key=first) == []
+    await store.press()
+    assert await store.store([first]) == [0]
+
+
 # The rules of a match.
 
 

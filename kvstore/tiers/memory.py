@@ -110,7 +110,8 @@ class Memory:
     def commit(self, slot: Slot, parent: BlockRef | None, digest: bytes) -> Slot | None:
         """Makes a filled slot findable. A block that is here already stays and is returned.
 
-        None, and the slot is given back, for a block that would be its own ancestor.
+        None, with the slot given back, for a block that would descend from itself: no chain has
+        such a block, and nothing above it would ever come to an end.
         """
         present = self._index.get(slot.ref)
         if present is not None:
@@ -248,17 +249,15 @@ class Memory:
         return self._rows[slab], within // slot_bytes
 
     def _descends_from(self, ref: BlockRef | None, ancestor: BlockRef) -> bool:
-        """Whether a block is `ancestor`, which is not here, or waits for it as its descendant.
-
-        Keys are digests of their parents, so that only who makes them up can have a circle; and
-        whoever follows a circle from block to block never ends.
-        """
-        if ref == ancestor or ancestor not in self._orphans:
-            return ref == ancestor
-        slot = self._index.get(ref) if ref is not None else None
-        while slot is not None and slot.above is not None:
+        """Whether a block is `ancestor`, which is not here, or descends from it."""
+        if ref == ancestor:
+            return True
+        if ref is None or ancestor not in self._orphans:
+            return False  # Nobody here has it as a parent.
+        slot = self._index.get(ref)
+        while slot is not None and slot.parent != ancestor:
             slot = slot.above
-        return slot is not None and slot.parent == ancestor
+        return slot is not None
 
     def _relate(self, slot: Slot) -> None:
         """Finds the relatives of a block that has come."""
@@ -329,12 +328,13 @@ class Memory:
         return self.commit(slot, block.parent, block.digest) is not None
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        gone = [self._index[ref] for ref in refs if ref in self._index]
-        # Whoever's parent lay elsewhere would wait for it in vain.
-        return self.forget([*gone, *(slot for ref in refs for slot in self._orphans.get(ref, ()))])
+        """Also forgets the children of blocks that are not here: they wait for nobody now."""
+        here = [self._index[ref] for ref in refs if ref in self._index]
+        waiting = [child for ref in refs for child in self._orphans.get(ref, ())]
+        return self.forget([*here, *waiting])
 
     async def clear(self, namespace: bytes) -> int:
-        known = dict.fromkeys([*self._index, *self._orphans])
+        known = [*self._index, *self._orphans]
         return await self.discard([ref for ref in known if ref.namespace == namespace])
 
     def usage(self) -> list[Usage]:
