@@ -156,6 +156,8 @@ BUGS = (
     _bug(
         "discard overlooks what is being promoted",
         (f"{_TIERED}._commit_promoted", "or want.ref in watch.lost", ""),
+        (f"{_TIERED}._forget", "copies += await forget(self.memory)", "pass"),
+        (f"{_TIERED}.acquire", "and not self.oblivion.concerns(want.ref)", ""),
     ),
     _bug(
         "sealed is said before the sync",
