@@ -56,8 +56,6 @@ class Tiered:
         """What is being written to the slower tier, by what will be done when it is over."""
         self.oblivion = Oblivion()
         self._making_room = asyncio.Lock()
-        self._forgetting: list[Callable[[BlockRef], bool]] = []
-        """What is being forgotten now: it is not demoted."""
         self._demote_bytes = min(max(1, memory.capacity_bytes // 16), BATCH_BYTES)
 
     async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
@@ -313,11 +311,7 @@ class Tiered:
     async def _write_below(self, slots: Sequence[Slot]) -> set[BlockRef]:
         """Stores slots and the ancestors that are missing below; the refs that lie there now."""
         assert self._slow is not None
-        family = [
-            self.memory.pin(slot)
-            for slot in self._with_ancestors(slots)
-            if not any(concerns(slot.ref) for concerns in self._forgetting)
-        ]
+        family = [self.memory.pin(slot) for slot in self._with_ancestors(slots)]
         try:
             wanted = await self._slow.wants([slot.ref for slot in family])
             held = {slot.ref for slot, want in zip(family, wanted, strict=True) if not want}
