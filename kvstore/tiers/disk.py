@@ -351,26 +351,31 @@ class DiskTier:
     async def _append_or_yield(
         self, records: Sequence[Staged], *, together: bool = False
     ) -> list[Placed]:
-        """As `_append`; where the volume is full, the oldest segments make room.
+        """As `_append`; where the volume is full, the oldest segments make room. Ends the loans.
 
         `together`: in one segment, all or some at once.
         """
         headers = [record.header for record in records]
         written: list[Placed] = []
-        while True:
-            self._no_room = False
-            try:
-                if together and not self._segments.has_room(*headers):
-                    await self._make_room(headers[0])
-                written += await self._append(records)
-            except OSError as error:
-                if error.errno not in NO_ROOM or not await self._yield_oldest():
-                    raise
-                continue
-            if written:
-                self._yielded_bytes = 0
-            if not self._no_room or not await self._yield_oldest():
-                return written
+        try:
+            while True:
+                self._no_room = False
+                try:
+                    if together and not self._segments.has_room(*headers):
+                        await self._make_room(headers[0])
+                    written += await self._append(records)
+                except OSError as error:
+                    if error.errno not in NO_ROOM or not await self._yield_oldest():
+                        raise
+                    continue
+                if written:
+                    self._yielded_bytes = 0
+                if not self._no_room or not await self._yield_oldest():
+                    return written
+        finally:
+            # Not earlier: what has left with a segment that made room is written once more.
+            for record in records:
+                record.loan.give_back()
 
     async def _yield_oldest(self) -> bool:
         """Gives up the oldest segment; False if there is none, or it would not help.
@@ -400,14 +405,12 @@ class DiskTier:
         for record in records:
             header = record.header
             if self._is_superfluous(header, names) or not self._segments.fits(header):
-                record.loan.give_back()
                 continue
             if not self._segments.has_room(header):
                 written += await self._write(placed)
                 placed, names = [], set()
                 await self._make_room(header)
                 if self._is_superfluous(header, names):
-                    record.loan.give_back()
                     continue  # The parent left with the segment that had to go.
             self._sequence += 1
             forgets = self._forgets if header.kind is Kind.BLOCK else header.forgets
@@ -451,7 +454,6 @@ class DiskTier:
     def _write_one(self, place: Placed, record: Staged) -> None:
         record.loan.view[:PAGE_BYTES] = pack_header_page(place.header)
         self._segments.write(place, record.loan.view)
-        record.loan.give_back()
 
     async def _forget(self, headers: Sequence[Header]) -> None:
         """Writes forget records, each twice, and waits until the device has them.
@@ -510,6 +512,9 @@ class DiskTier:
                 self._metrics.disk_forwarded_bytes.inc(entry.stored_bytes)
         except OSError as error:
             _log.warning("a block is lost with its segment: %s", error)
+        finally:
+            for record in loans:
+                record.loan.give_back()
 
     def _recover(self, records: list[Found]) -> None:
         # Segments that could not be read have numbers of their own: none may be given again.
