@@ -143,6 +143,20 @@ async def test_victims_are_of_the_class_that_needs_room(rig: Rig) -> None:
     assert [slot.ref for slot in victims] == [block.ref for block in reversed(small)][:3]
 
 
+async def test_of_tiny_blocks_no_more_are_remembered_than_could_be_here(rig: Rig) -> None:
+    """Each takes a page, and as a page it counts with the policy: asked for as well as written."""
+    memory = rig.memory(8)
+    asked = [BlockRef(MINE, key) for key in keys_of("asked", 1000)]
+    for start in range(0, len(asked), 10):
+        memory.use(Use(asked[start : start + 10], 0.0, block_bytes=1))
+    pages = memory.capacity_bytes // PAGE_BYTES
+    assert sum(ref in memory._policy for ref in asked) == pages
+    await memory.store(chain_of("tiny", 10 * pages, MINE, 1))
+    memory.use(Use(asked[:10], 0.0, block_bytes=1))
+    assert sum(ref in memory._policy for ref in asked) <= pages
+    assert len(memory.slots()) == pages
+
+
 async def test_a_slab_changes_its_class_when_it_must(rig: Rig) -> None:
     """A size that has no slab empties that of the coldest block."""
     memory = rig.memory(8)

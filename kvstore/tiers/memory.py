@@ -113,7 +113,7 @@ class Memory:
         self._unindexed.remove(slot)
         self._index[slot.ref] = slot
         self._relate(slot)
-        self._policy.insert(slot.ref, slot.parent, slot.size)
+        self._policy.insert(slot.ref, slot.parent, self._slabs.slot_bytes(slot.size))
         return slot
 
     def abort(self, slot: Slot) -> None:
@@ -188,17 +188,25 @@ class Memory:
 
     def use(self, use: Use[BlockRef]) -> None:
         """Tells the policy of a request: its whole chain, whether here or not."""
-        self._policy.use(use)
+        self._policy.use(self._sized(use))
 
     def expect(self, use: Use[BlockRef]) -> None:
         """Tells the policy what is about to be written, as far as no request has yet."""
         unknown = [ref for ref in use.chain if ref not in self._policy]
         if unknown:
-            self._policy.use(replace(use, chain=unknown))
+            self._policy.use(self._sized(replace(use, chain=unknown)))
 
     def advise(self, use: Use[BlockRef]) -> None:
         """Tells the policy what a caller says of a chain's future."""
-        self._policy.advise(use)
+        self._policy.advise(self._sized(use))
+
+    def _sized(self, use: Use[BlockRef]) -> Use[BlockRef]:
+        """The same with what its blocks take here.
+
+        A policy remembers as many blocks as fit the capacity: of tiny ones, each of which takes a
+        page, there would be far more than can ever be here.
+        """
+        return replace(use, block_bytes=self._slabs.slot_bytes(use.block_bytes))
 
     def slots(self) -> list[Slot]:
         """All findable slots, the one to evict first at the front."""
