@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
@@ -31,6 +32,8 @@ from kvstore.writing import Incoming
 _log = logging.getLogger("kvstore.node")
 
 MAX_SPACES = 4096
+NAMESPACES = 16_384
+"""So many names of tenant, scope and space are kept at hand; the others are computed again."""
 EXPIRY_PERIOD_S = 0.5
 
 
@@ -69,7 +72,6 @@ class Node:
         slow_is_full: Callable[[int], bool] = lambda size: False,
     ) -> None:
         self.node_id = node_id
-        self._secret = secret
         self.tiers = tiers
         self.leases = leases
         self._max_lease_s = max_lease_s
@@ -82,7 +84,8 @@ class Node:
         self.disk: DiskTier | None = None
         """The disk among the tiers, for what only a disk can do."""
         self._scrubbing = False
-        self._namespaces: dict[tuple[str, str, bytes], bytes] = {}
+        # Bounded: a scope is any name that a caller thinks of.
+        self._namespace = lru_cache(NAMESPACES)(partial(namespace, secret))
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.follow(tiers.usage, lambda: (len(leases), leases.leased_bytes))
         self._keep(self._expire_leases())
@@ -116,9 +119,7 @@ class Node:
         """What the blocks of a tenant are called inside this node."""
         self.space(space_id)
         owner = (tenant.name, check_scope(scope), space_id)
-        name = self._namespaces.get(owner)
-        if name is None:
-            name = self._namespaces[owner] = namespace(self._secret, *owner)
+        name = self._namespace(*owner)
         return [BlockRef(name, key) for key in keys]
 
     # Match and Release.
@@ -155,8 +156,9 @@ class Node:
             for row in found
         ]
         length = longest_match(descriptors, present)
-        self.metrics.asked_blocks.inc(len(keys))
-        self.metrics.matched_blocks.inc(length)
+        # What the caller holds itself says nothing about the store.
+        self.metrics.asked_blocks.inc(len(keys) - held_blocks)
+        self.metrics.matched_blocks.inc(length - held_blocks)
         lease = Lease(
             lease_id=secrets.token_bytes(16),
             tenant=tenant.name,
@@ -227,7 +229,7 @@ class Node:
         self.leases.grant(lease)
         below: list[Want] = []
         for want in itertools.chain.from_iterable(lease.wants):
-            if not self.leases.reserve(lease, want.size):
+            if not self.leases.reserve(lease, self.tiers.memory.share_bytes(want.size)):
                 break
             acquired = self.tiers.pin(want)
             if acquired is not None:
@@ -341,7 +343,7 @@ class Node:
 
         The space need not be open: what an earlier run stored is cleared as well.
         """
-        owned = namespace(self._secret, tenant.name, check_scope(scope), space_id)
+        owned = self._namespace(tenant.name, check_scope(scope), space_id)
         return await self.tiers.clear(owned)
 
     async def scrub(self, bytes_per_s: float) -> AsyncGenerator[Scrubbed, None]:

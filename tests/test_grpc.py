@@ -898,7 +898,7 @@ async def test_status_adds_up(nodes: Nodes, redis_url: str) -> None:
     match = await client.match([space], keys[:4], lease_ms=60_000)
     status = await client.status()
     assert (status.node_id, status.draining, status.spaces, status.leases) == ("node", False, 1, 1)
-    assert status.leased_bytes == 4 * space.block_bytes
+    assert status.leased_bytes == 4 * server.node.tiers.memory.share_bytes(space.block_bytes)
     tiers = {tier.name: tier for tier in status.tiers}
     assert set(tiers) == {"memory", "redis", "disk"}
     assert tiers["memory"].capacity_bytes == SMALL_MEMORY["capacity_bytes"]

@@ -17,10 +17,11 @@ from kvstore.api.tier import BlockRef
 from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
 from kvstore.leases import Lease, LeaseTable
 from kvstore.matching import longest_match, needed
-from kvstore.node import EXPIRY_PERIOD_S, Matched, Node
+from kvstore.node import EXPIRY_PERIOD_S, NAMESPACES, Matched, Node
 from kvstore.policy.policy import Use
 from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.slabs import PAGE_BYTES
 from kvstore.tiers.tiered import Tiered
 from tests.sim.blocks import data_of, keys_of
 from tests.sim.clock import settle
@@ -30,6 +31,8 @@ from tests.sim.rig import Rig, assert_idle, quiet
 
 ACME, RIVAL = Tenant("acme"), Tenant("rival")
 SLOTS = 16
+SLOT_BYTES = 2 * PAGE_BYTES
+"""What a block takes in memory."""
 MAX_LEASE_S = 30.0
 
 
@@ -39,7 +42,7 @@ class Store:
     def __init__(self, rig: Rig, disk: DiskTier, leased_blocks: int, slots: int) -> None:
         self.slow = Faulty(disk)
         self.tiers = Tiered(rig.memory(slots), self.slow, rig.metrics)
-        self.leases = rig.check(LeaseTable(leased_blocks * BLOCK_BYTES))
+        self.leases = rig.check(LeaseTable(leased_blocks * SLOT_BYTES))
         self.node = Node(
             node_id="node",
             secret=bytes(32),
@@ -245,6 +248,18 @@ async def test_blocks_that_the_caller_holds_count_and_are_not_leased(store: Stor
     assert (await store.match(keys_of("absent", 5), held_blocks=3, lease_s=0)).blocks == 3
 
 
+async def test_blocks_that_the_caller_holds_are_not_counted_as_found(
+    rig: Rig, store: Store
+) -> None:
+    """A hit rate is what the store contributed; what it was not asked for is no part of it."""
+    keys = keys_of("chain", 10)
+    await store.store(keys[:6])
+    await store.match(keys, held_blocks=4)
+    assert (rig.counted("asked_blocks"), rig.counted("matched_blocks")) == (6, 2)
+    await store.match(keys_of("absent", 5), held_blocks=5)
+    assert (rig.counted("asked_blocks"), rig.counted("matched_blocks")) == (6, 2)
+
+
 # Leases.
 
 
@@ -321,15 +336,30 @@ async def test_leased_bytes_are_capped(store: Store) -> None:
     await store.store(two)
     first = await store.match(one)
     second = await store.match(two)
-    assert store.leases.leased_bytes == 8 * BLOCK_BYTES == store.leases.capacity_bytes
+    assert store.leases.leased_bytes == 8 * SLOT_BYTES == store.leases.capacity_bytes
     assert [(run.blocks, run.leased) for run in second.runs[0]] == [(2, True), (4, False)]
     third = await store.match(two)
     assert [(run.blocks, run.leased) for run in third.runs[0]] == [(6, False)]
     assert first.lease is not None
     store.node.release(ACME, first.lease.lease_id)
-    assert store.leases.leased_bytes == 2 * BLOCK_BYTES
+    assert store.leases.leased_bytes == 2 * SLOT_BYTES
     await store.press()
     assert store.in_memory(two[:2]) == [True] * 2
+
+
+@pytest.mark.parametrize(("block_bytes", "leased"), [(100, 16), (4097, 8), (20_000, 2)])
+async def test_a_leased_block_is_charged_what_it_takes_of_memory(
+    store: Store, block_bytes: int, leased: int
+) -> None:
+    """Its slot, and its part of what the slots leave unused of a slab: others have the rest."""
+    space_id = store.node.open_space(descriptor_of(block_bytes))
+    keys = keys_of("chain", 20)
+    assert len(await store.store(keys, space_id=space_id)) == 20
+    matched = await store.match(keys, spaces=[space_id])
+    assert matched.lease is not None
+    assert len(matched.lease.held) == leased
+    assert store.leases.leased_bytes == store.leases.capacity_bytes
+    assert len(await store.store(keys_of("others", SLOTS))) == SLOTS
 
 
 async def test_the_same_request_gets_its_lease_again(rig: Rig, store: Store) -> None:
@@ -346,7 +376,7 @@ async def test_the_same_request_gets_its_lease_again(rig: Rig, store: Store) -> 
     other = await store.match(keys[:3], request_id=b"request")
     assert other.lease is not None
     assert other.lease.lease_id != first.lease.lease_id
-    assert (len(store.leases), store.leases.leased_bytes) == (1, 3 * BLOCK_BYTES)
+    assert (len(store.leases), store.leases.leased_bytes) == (1, 3 * SLOT_BYTES)
     assert len({(await store.match(keys, request_id=b"")).lease for _ in range(2)}) == 2
 
 
@@ -368,7 +398,7 @@ async def test_the_same_request_at_the_same_time_gets_one_lease(store: Store) ->
     leases = {matched.lease for matched in await asyncio.gather(*matches)}
     assert len(leases) == 1
     assert len(store.leases) == 1
-    assert store.leases.leased_bytes == 4 * BLOCK_BYTES
+    assert store.leases.leased_bytes == 4 * SLOT_BYTES
 
 
 async def test_an_expired_lease_is_not_given_again(rig: Rig, store: Store) -> None:
@@ -698,6 +728,16 @@ async def test_spaces_are_opened_within_limits(store: Store) -> None:
         for number in range(5000):
             store.node.open_space(descriptor_of(numerics=str(number)))
     assert store.node.open_space(descriptor) == descriptor.space_id
+
+
+async def test_names_of_scopes_that_callers_invent_are_not_kept_for_ever(store: Store) -> None:
+    """What a scope is called in here is computed again, and is the same."""
+    keys = keys_of("chain", 2)
+    await store.store(keys, scope="first")
+    for number in range(NAMESPACES + 10):
+        store.node.refs(ACME, f"scope-{number}", store.space_id, ())
+    assert store.node._namespace.cache_info().currsize == NAMESPACES
+    assert (await store.match(keys, scopes=["first"], lease_s=0)).blocks == 2
 
 
 async def test_closing_flushes_memory_and_ends_leases(rig: Rig) -> None:

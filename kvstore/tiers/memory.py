@@ -74,6 +74,10 @@ class Memory:
         """The largest block that fits."""
         return self._slabs.slab_bytes
 
+    def share_bytes(self, size: int) -> int:
+        """How much of the capacity a block of `size` costs as long as it stays."""
+        return self._slabs.share_bytes(size)
+
     # What a composition needs: plain decisions, no waiting.
 
     def find(self, ref: BlockRef) -> Slot | None:
