@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from kvstore.writing import Incoming
 _log = logging.getLogger("kvstore.node")
 
 MAX_SPACES = 4096
+"""So many are open; the next one takes the place of that which was used the longest ago."""
 NAMESPACES = 16_384
 """So many names of tenant, scope and space are kept at hand; the others are computed again."""
 EXPIRY_PERIOD_S = 0.5
@@ -79,7 +81,8 @@ class Node:
         self.clock = clock
         self.metrics = metrics
         self._slow_is_full = slow_is_full
-        self.spaces: dict[bytes, SpaceDescriptor] = {}
+        self.spaces: OrderedDict[bytes, SpaceDescriptor] = OrderedDict()
+        """The one that was used the longest ago first."""
         self.draining = False
         self.disk: DiskTier | None = None
         """The disk among the tiers, for what only a disk can do."""
@@ -101,9 +104,11 @@ class Node:
                 f"got {descriptor.block_bytes}"
             )
         space_id = descriptor.space_id
-        if space_id not in self.spaces and len(self.spaces) >= MAX_SPACES:
-            raise ResourceExhausted(f"this node has {MAX_SPACES} spaces open already")
         self.spaces[space_id] = descriptor
+        self.spaces.move_to_end(space_id)
+        if len(self.spaces) > MAX_SPACES:
+            # Who still needs it is told so, and opens it again; blocks and leases are not touched.
+            self.spaces.popitem(last=False)
         return space_id
 
     def space(self, space_id: bytes) -> SpaceDescriptor:
@@ -111,6 +116,7 @@ class Node:
         descriptor = self.spaces.get(space_id)
         if descriptor is None:
             raise UnknownSpace("space_id: not open on this node; call OpenSpace, then repeat")
+        self.spaces.move_to_end(space_id)
         return descriptor
 
     def refs(
