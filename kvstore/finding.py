@@ -13,7 +13,7 @@ from kvstore.tiers.tiered import Tiered
 
 SLICE_BLOCKS = 4096
 """So many blocks are looked up, or told to the policy, before other tasks have their turn: that
-takes some ten milliseconds."""
+takes ten to thirty milliseconds."""
 
 T = TypeVar("T")
 
