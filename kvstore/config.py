@@ -220,7 +220,10 @@ class LeaseSettings(_Section):
     """What Match may promise."""
 
     memory_fraction: float = Field(
-        0.5, ge=0, le=0.9, description="of memory.capacity_bytes that leases may keep"
+        0.5,
+        ge=0,
+        le=0.9,
+        description="of memory.capacity_bytes that leases may keep; 0: no leases, no promotion",
     )
     max_lease_s: float = Field(60.0, gt=0, le=3600, description="longer wishes are shortened")
 

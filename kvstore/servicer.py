@@ -29,9 +29,13 @@ if TYPE_CHECKING:
 
 MAX_SPACES = 64
 MAX_SCOPES = 16
+MAX_NAMES = 65_536
+"""Names that one match may ask for: each key is one in each space and scope."""
 MAX_ID_BYTES = 32
 KEY_COST_BYTES = 256
 """What one key of a request costs while it is worked on, as an object with its name and place."""
+NAME_COST_BYTES = 512
+"""What one name of a match costs, with what a lease keeps of it."""
 HEAR_OUT_S = 1.0
 BEGIN_S = 5.0
 
@@ -69,7 +73,12 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
             keys = unpack_keys(request.keys)
             _check_count("held_blocks", request.held_blocks, 0, len(keys))
             names = len(keys) * len(request.space_ids) * max(len(request.scopes), 1)
-            async with self._calls.admitted(call, KEY_COST_BYTES * names):
+            if names > MAX_NAMES:
+                raise InvalidArgument(
+                    f"keys × space_ids × scopes: at most {MAX_NAMES} in one match, got {names}; "
+                    "send fewer keys, or the spaces in several matches"
+                )
+            async with self._calls.admitted(call, NAME_COST_BYTES * names):
                 matched = await self._node.match(
                     call.tenant,
                     [check_space_id(space_id) for space_id in request.space_ids],

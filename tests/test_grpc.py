@@ -625,6 +625,7 @@ async def test_too_many_keys_are_refused(server: NodeServer, stub: "KVStoreAsync
     most, many = bytes(KEY_BYTES * MAX_KEYS), bytes(KEY_BYTES * (MAX_KEYS + 1))
     space = SPACE.space_id
     assert len((await stub.Locate(pb.LocateRequest(space_id=space, keys=most))).tiers) == MAX_KEYS
+    assert (await stub.Match(pb.MatchRequest(space_ids=[space], keys=most))).matched_blocks == 0
     await refused(stub.Match(pb.MatchRequest(space_ids=[space], keys=many)), INVALID, "keys")
     await refused(stub.Locate(pb.LocateRequest(space_id=space, keys=many)), INVALID, "keys")
     await refused(stub.Read(pb.ReadRequest(space_id=space, keys=many)).read(), INVALID, "keys")
@@ -665,6 +666,10 @@ async def test_other_limits_of_requests(server: NodeServer, stub: "KVStoreAsyncS
         (pb.MatchRequest(space_ids=[space], keys=keys, scopes=["a/b"]), "scope"),
         (pb.MatchRequest(space_ids=[space], keys=keys, request_id=b"r" * 33), "request_id"),
         (pb.MatchRequest(space_ids=[space], keys=keys, held_blocks=3), "held_blocks"),
+        (
+            pb.MatchRequest(space_ids=[space] * 64, keys=bytes(KEY_BYTES * 1000), scopes=["s"] * 2),
+            "keys × space_ids × scopes: at most 65536 in one match, got 128000",
+        ),
     ]
     for request, word in bad:
         await refused(stub.Match(request), INVALID, word)

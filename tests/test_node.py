@@ -358,6 +358,8 @@ async def test_leased_bytes_are_capped(store: Store) -> None:
     assert [(run.blocks, run.leased) for run in second.runs[0]] == [(2, True), (4, False)]
     third = await store.match(two)
     assert [(run.blocks, run.leased) for run in third.runs[0]] == [(6, False)]
+    assert third.lease is None
+    assert await store.read(two, matched=second) == ["memory"] * 6
     assert first.lease is not None
     store.node.release(ACME, first.lease.lease_id)
     assert store.leases.leased_bytes == 2 * SLOT_BYTES
@@ -486,6 +488,178 @@ async def test_a_lease_that_ends_during_its_promotion_leaves_no_pin(store: Store
     assert store.in_memory(keys) == [True] * 4
 
 
+async def test_a_lease_names_no_more_than_it_has_room_for(store: Store) -> None:
+    """So its own size is bounded too. A repetition gets the same answer, and all is delivered."""
+    keys = keys_of("chain", 12)
+    await store.store(keys)
+    await store.press()
+    first = await store.match([*keys, *keys_of("absent", 1000)], request_id=b"request")
+    lease = first.lease
+    assert lease is not None
+    assert (first.blocks, len(lease.wants[0]), len(lease.tiers)) == (12, 8, 8)
+    assert len(lease.asked) == 32
+    again = await store.match([*keys, *keys_of("absent", 1000)], request_id=b"request")
+    assert again.lease is lease
+    assert [(run.blocks, run.tier, run.leased) for run in again.runs[0]] == [
+        (8, "disk", True), (4, "disk", False),
+    ]  # fmt: skip
+    assert await store.read(keys, matched=first) == ["disk"] * 12
+
+
+async def test_too_many_leases_of_one_tenant_are_not_granted(rig: Rig, store: Store) -> None:
+    """The answer comes without one; other tenants get theirs, until the node has too many."""
+    table = LeaseTable(8 * SLOT_BYTES, max_leases=3, max_leases_per_tenant=2)
+    store.leases = store.node.leases = rig.check(table)
+    keys = keys_of("chain", 1)
+    for tenant in (ACME, RIVAL):
+        await store.store(keys, tenant=tenant)
+    mine = [await store.match(keys) for _ in range(3)]
+    assert [(each.blocks, each.lease is not None) for each in mine] == [
+        (1, True), (1, True), (1, False),
+    ]  # fmt: skip
+    theirs = [await store.match(keys, tenant=RIVAL) for _ in range(2)]
+    assert [each.lease is not None for each in theirs] == [True, False]
+    assert mine[0].lease is not None
+    store.node.release(ACME, mine[0].lease.lease_id)
+    assert (await store.match(keys, tenant=RIVAL)).lease is not None
+    assert (await store.match(keys)).lease is None
+
+
+# Long matches.
+
+
+@pytest.fixture
+def short_slices(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Chains of a few blocks are long ones."""
+    monkeypatch.setattr("kvstore.finding.SLICE_BLOCKS", 4)
+    return 4
+
+
+async def test_others_run_between_the_parts_of_a_long_match(
+    store: Store, short_slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between lookups, between spaces, and while the policy is told: of the tail first."""
+    other = store.node.open_space(descriptor_of(numerics="other"))
+    keys = keys_of("chain", 10)
+    await store.store(keys, scope="shared")
+    await store.store(keys[:7], space_id=other)
+    steps: list[int] = []
+    told: list[list[BlockRef]] = []
+
+    def step(refs: Sequence[BlockRef]) -> None:
+        steps[-1] += len(refs)
+
+    async def look(refs: Sequence[BlockRef]) -> list[str | None]:
+        step(refs)
+        return await locate(refs)
+
+    def use(use: Use[BlockRef]) -> None:
+        step(use.chain)
+        told.append(list(use.chain))
+
+    async def others() -> None:
+        while True:
+            steps.append(0)
+            await asyncio.sleep(0)
+
+    locate = store.tiers.memory.locate
+    monkeypatch.setattr(store.tiers.memory, "locate", look)
+    monkeypatch.setattr(store.tiers.memory, "use", use)
+    running = asyncio.create_task(others())
+    await settle()
+    matched = await store.match(keys, spaces=[store.space_id, other], scopes=("", "shared"))
+    running.cancel()
+    assert matched.blocks == 7
+    assert max(steps) == short_slices
+    shared, private = (
+        store.node.refs(ACME, scope, store.space_id, keys) for scope in ("shared", "")
+    )
+    assert told[:3] == [shared[8:], shared[4:8], shared[:4]]
+    assert not set(private) & {ref for chain in told for ref in chain}
+    assert sum(map(len, told[3:])) == 10
+
+
+@pytest.mark.parametrize("rule", list(MatchRule))
+async def test_a_long_match_finds_what_a_short_one_does(
+    store: Store, rule: MatchRule, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the slices: with gaps, scopes, held blocks, and over several spaces."""
+    one, two = (store.node.open_space(rules(each, 3)) for each in (rule, MatchRule.ALL))
+    keys = keys_of("chain", 14)
+    for space_id in (one, two):
+        await store.store(keys, space_id=space_id)
+        await store.store(keys[:5], space_id=space_id, scope="shared")
+    for _ in range(20):
+        gone = store.node.refs(ACME, "", rng.choice([one, two]), [rng.choice(keys)])
+        await store.tiers.discard(gone)
+        await store.store(keys[: rng.randint(1, 14)], space_id=two)
+        question: dict[str, Any] = {
+            "spaces": rng.sample([one, two], rng.randint(1, 2)),
+            "held_blocks": rng.choice([0, 0, rng.randrange(14)]),
+            "scopes": rng.choice([(), ("shared", ""), ("", "shared")]),
+        }
+        lengths = set()
+        for size in (1000, 1, 3, 14):
+            monkeypatch.setattr("kvstore.finding.SLICE_BLOCKS", size)
+            matched = await store.match(keys, **question)
+            lengths.add(matched.blocks)
+            assert all(sum(run.blocks for run in runs) in lengths for runs in matched.runs)
+            if matched.lease is not None:
+                store.node.release(ACME, matched.lease.lease_id)
+        assert len(lengths) == 1
+        assert_idle(store.tiers.memory)
+
+
+async def test_when_time_is_up_a_long_match_answers_what_memory_has(
+    store: Store, short_slices: int
+) -> None:
+    """It looks at the clock before each slice; slower tiers are then asked no more."""
+    cold = keys_of("cold", 12)
+    await store.store(cold)
+    await store.press()
+    store.slow.asked.clear()
+    times = iter([1.0])
+    matched = await store.match(cold, lease_s=0, left_s=lambda: next(times, -1.0))
+    assert matched.blocks == short_slices
+    refs = store.node.refs(ACME, "", store.space_id, cold)
+    assert [store.slow.asked["locate", ref] > 0 for ref in refs] == [True] * 4 + [False] * 8
+
+
+@pytest.mark.parametrize("released", [True, False])
+async def test_a_match_that_ends_while_its_lease_is_granted_leaves_no_pin(
+    store: Store, short_slices: int, released: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller has gone, or somebody released the lease, between two slices of its pins."""
+    keys = keys_of("chain", 8)
+    await store.store(keys)
+    granted, grant = asyncio.Event(), store.leases.grant
+
+    def note(lease: Lease) -> bool:
+        granted.set()
+        return grant(lease)
+
+    monkeypatch.setattr(store.leases, "grant", note)
+    match = asyncio.create_task(store.match(keys, request_id=b"request"))
+    await granted.wait()
+    lease = store.leases.of_request(ACME.name, b"request")
+    assert lease is not None
+    assert len(lease.held) == short_slices
+    if released:
+        again = await store.node.match(
+            ACME, [store.space_id], keys, (), lease_s=10.0, request_id=b"request"
+        )
+        assert (again.blocks, again.lease) == (8, lease)
+        store.node.release(ACME, lease.lease_id)
+        matched = await match
+        assert (matched.blocks, matched.lease) == (8, None)
+        assert not any(run.leased for run in matched.runs[0])
+    else:
+        match.cancel()
+        await asyncio.wait([match])
+    assert (len(store.leases), store.leases.leased_bytes) == (0, 0)
+    assert_idle(store.tiers.memory)
+
+
 async def test_leases_follow_their_model(rng: random.Random) -> None:
     """Random grants, reservations and ends, against plain sums."""
     table = LeaseTable(1000)
@@ -498,12 +672,12 @@ async def test_leases_follow_their_model(rng: random.Random) -> None:
             assert table.end(lease) == []
         else:
             name = str(next(names)).encode()
-            lease = Lease(name, "acme", name, rng.random(), (), 0, [])
+            lease = Lease(name, "acme", name, rng.random(), b"", 0)
             table.grant(lease)
             live.append(lease)
-            size = rng.randrange(300)
-            fits = sum(each.reserved_bytes for each in live) + size <= 1000
-            assert table.reserve(lease, size) == fits
+            size, count = rng.randrange(1, 300), rng.randrange(4)
+            left = 1000 - sum(each.reserved_bytes for each in live)
+            assert table.reserve(lease, size, count) == min(count, left // size)
         assert len(table) == len(live)
         assert table.leased_bytes == sum(lease.reserved_bytes for lease in live)
         table.check()

@@ -172,7 +172,7 @@ class Tiered:
     def pin(self, want: Want) -> Acquired | None:
         """The block, pinned, if it is in memory now."""
         slot = self.memory.find(want.ref)
-        if slot is None or len(slot.view) != want.size:
+        if slot is None or slot.size != want.size:
             return None
         return Acquired(self.memory.pin(slot), self.memory.name)
 

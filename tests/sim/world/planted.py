@@ -87,7 +87,7 @@ BUGS = (
     ),
     _bug(
         "leases have no cap",
-        (f"{_LEASES}.reserve", "return False", "pass"),
+        (f"{_LEASES}.reserve", "min(count, room)", "count"),
     ),
     _bug(
         "a repeated match gets a second lease",
