@@ -155,12 +155,31 @@ def test_hints_belong_to_requests(tmp_path: Path) -> None:
     assert trace.hinted(hints).requests[0].hint == hints[0]
 
 
+@pytest.mark.parametrize("number", ["Infinity", "1e400", "NaN", "1" + "0" * 400])
+@pytest.mark.parametrize("field", ["timestamp", "input_length", "output_length"])
+def test_a_number_that_nothing_can_hold_is_named(tmp_path: Path, field: str, number: str) -> None:
+    """JSON has no such numbers, but its readers take them."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps(MOONCAKE | {field: "?"}).replace('"?"', number) + "\n")
+    with pytest.raises(TraceError, match=rf":1: {field}: is .*, (no|too large a) number.*expected"):
+        read_trace(path)
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    """It would end the parser otherwise, and with it the command."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps(MOONCAKE) + "\n" + "[" * 100_000 + "\n")
+    with pytest.raises(TraceError, match=r":2: is nested too deeply; expected one object"):
+        read_trace(path)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
         ([{}], r"has 1 lines for 2 requests"),
         ([{}, {"reuse": "maybe"}], r':2: reuse: is "maybe"; expected one of unknown, final'),
         ([{"session_id": "s" * 33}, {}], r":1: session_id"),
+        ([{"session_id": "\ud800"}, {}], r':1: session_id: is "\\ud800"; expected text'),
         ([{"expected_return_ms": -1}, {}], r":1: expected_return_ms: is -1"),
     ],
 )

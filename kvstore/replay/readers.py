@@ -6,6 +6,7 @@ the fields that tell it from the others to `FORMATS`; docs/eviction.md shows one
 
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from kvstore.api.hint import MAX_RETURN_MS, MAX_SESSION_ID_BYTES, Reuse, ReuseHi
 from kvstore.replay.trace import Trace, TraceBuilder, TraceError
 
 _GZIP = b"\x1f\x8b"
+_MOST = 1 << 53
+"""Counts above this are no longer exact as JSON numbers, and no trace has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,19 @@ class Fields:
         )
 
     def number(self, field: str) -> float:
-        """A number of 0 or more."""
+        """A finite number of 0 or more."""
         value = self._get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise self.wrong(field, f"is {_short(value)}, no number of 0 or more")
+        if value > sys.float_info.max:
+            raise self.wrong(field, f"is {_short(value)}, too large a number")
         return float(value)
 
     def count(self, field: str) -> int:
         """A whole number of 0 or more."""
         value = self.number(field)
+        if value > _MOST:
+            raise self.wrong(field, f"is {_short(self._get(field))}, too large a number")
         if value != int(value):
             raise self.wrong(field, f"is {_short(value)}, no whole number")
         return int(value)
@@ -93,7 +100,10 @@ class Fields:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "nested too deeply"
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -176,14 +186,16 @@ _HINT_FIELDS = {
 
 def _hint(fields: Fields) -> ReuseHint:
     session = fields.optional("session_id", "")
-    if not isinstance(session, str) or len(session.encode()) > MAX_SESSION_ID_BYTES:
+    # Half of a surrogate pair is no text, though JSON can say it.
+    name = session.encode(errors="replace") if isinstance(session, str) else None
+    if name is None or name.decode() != session or len(name) > MAX_SESSION_ID_BYTES:
         raise fields.wrong("session_id", f"is {_short(session)}")
     reuse = fields.optional("reuse", Reuse.UNKNOWN.name)
     if not isinstance(reuse, str) or reuse.upper() not in Reuse.__members__:
         raise fields.wrong("reuse", f"is {_short(reuse)}")
     given = fields.optional("expected_return_ms", None) is not None
     back = fields.count("expected_return_ms") if given else 0
-    return ReuseHint(session.encode(), Reuse[reuse.upper()], min(back, MAX_RETURN_MS))
+    return ReuseHint(name, Reuse[reuse.upper()], min(back, MAX_RETURN_MS))
 
 
 def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -202,6 +214,8 @@ def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _object(place: str, line: bytes) -> Mapping[str, Any]:
     try:
         value = json.loads(line)
+    except RecursionError:
+        raise TraceError(place, "is nested too deeply", "expected one object per line") from None
     except ValueError as error:
         raise TraceError(place, f"is not JSON ({error})", "expected one object per line") from None
     if not isinstance(value, dict):
