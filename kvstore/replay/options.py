@@ -53,13 +53,16 @@ def _png(context: click.Context, parameter: click.Parameter, value: Path | None)
 
 
 def read_source(source: Source) -> Trace:
-    """The trace; what is wrong with it ends the command with one line."""
+    """The trace; what is odd about it is said, what is wrong ends the command with one line."""
     try:
-        return source.read()
+        trace = source.read()
     except TraceError as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+    for note in trace.notes:
+        click.echo(f"Note: {note}", err=True)
+    return trace
 
 
 @contextmanager
