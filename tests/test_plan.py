@@ -1,18 +1,24 @@
 """`kvstore plan`: sizes, models, two tiers, and what it answers."""
 
+import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from kvstore.replay.model_size import ModelError, kv_bytes_per_token
+from kvstore.replay.plan import Plan, Question, answer
 from kvstore.replay.plan_command import Size, plan
+from kvstore.replay.plan_report import sentences, size_text, tables
 from kvstore.replay.replay import no_progress
+from kvstore.replay.runs import Cell
 from kvstore.replay.trace import Trace, TraceBuilder
-from kvstore.replay.two_tiers import Disk, TiersCell
+from kvstore.replay.two_tiers import Disk, TierRates, TiersCell
 
 LLAMA: dict[str, Any] = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -133,6 +139,60 @@ def test_it_answers_in_words_and_json(tmp_path: Path, rng: random.Random) -> Non
     ran = CliRunner().invoke(plan, [*arguments, "--hit-rate", "0.999"])
     assert json.loads(out.read_text())["goal"]["memory_alone_bytes"] is None
     assert "no size of memory reaches it" in " ".join(ran.output.split())
+
+
+def worse_with_more(question: Question) -> Plan:
+    """The plan of a policy that has the most at half of all blocks, and ever less above."""
+    top = question.trace.unique_blocks // 2
+    found: dict[Cell[TierRates], TierRates] = {
+        cell: TierRates(0.3 * (1 - abs(cell.memory_blocks - top) / top), 0.0, 0)
+        for cell in question.cells()
+    }
+    return answer(question, found)
+
+
+def test_an_answer_never_falls_with_more_room(rng: random.Random) -> None:
+    """Who has more can use less of it, also where the policy would do worse with all."""
+    trace = chats(rng, 400)
+    block = trace.block_tokens
+    asked = int(trace.unique_blocks * 0.8) * block
+    result = worse_with_more(Question(trace, 1, asked, 100 * block, 0.2, "default"))
+    rates = [row.rates.total for row in result.memory_alone]
+    assert rates == sorted(rates)
+    assert result.asked.total >= max(
+        row.rates.total for row in result.memory_alone if row.memory_bytes <= asked
+    )
+    assert result.per_gib_of_memory >= 0
+    assert result.per_gib_of_disk >= 0
+    assert all(row.per_gib >= 0 for row in [*result.memory_alone, *result.with_disk])
+    assert result.used.memory_blocks < result.question.asked().memory_blocks
+    assert f"default has that with {size_text(result.used_memory_bytes())} of the memory" in (
+        " ".join(sentences(result))
+    )
+
+
+def test_no_step_has_two_signs(rng: random.Random) -> None:
+    """Also a step down would be told as one."""
+    trace = chats(rng, 100)
+    result = worse_with_more(Question(trace, 1, 100 * trace.block_tokens, 0, 0.2, "default"))
+    down = [replace(row, per_gib=-0.0004) for row in result.memory_alone]
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(next(tables(replace(result, memory_alone=down))))
+    text = console.export_text()
+    assert "-0.04" in text
+    assert "+-" not in text
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_a_trace_of_a_few_blocks_has_a_plan(tmp_path: Path, blocks: int) -> None:
+    """Sizes that are the same are tried once, and no step is divided by nothing."""
+    path = tmp_path / "trace.jsonl"
+    record = {
+        "timestamp": 0, "input_length": 512 * blocks, "hash_ids": list(range(blocks)),
+    }  # fmt: skip
+    path.write_text((json.dumps(record) + "\n") * 2)
+    ran = CliRunner().invoke(plan, [str(path), "--kv-bytes-per-token", "1024", "--jobs", "1"])
+    assert ran.exit_code == 0, ran.output
 
 
 def test_it_wants_the_model_one_way(tmp_path: Path) -> None:

@@ -84,7 +84,9 @@ def plan(
 
     TRACE is replayed through memory alone and through memory over disk, at several sizes, by the
     code that a node runs: what memory evicts goes to disk, and a clean copy stays there when a
-    block comes back. Between the sizes that were tried, answers are interpolated.
+    block comes back. Each answer is the best that was found with at most so much memory and disk:
+    with more room a policy may do worse, but who has more can use less of it. Between the sizes
+    that were tried, answers are interpolated.
     """
     source = Source(trace_file, hints_file, limit)
     per_token = _bytes_per_token(kv_bytes_per_token, model_config)
