@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kvstore.replay.model_size import ModelError, kv_bytes_per_token
+from kvstore.replay.model_size import ModelError, model_size
 from kvstore.replay.plan import Plan, Question, answer
 from kvstore.replay.plan_command import Size, plan
 from kvstore.replay.plan_report import sentences, size_text, tables
@@ -39,23 +39,79 @@ def model(path: Path, **config: Any) -> Path:
         ({"torch_dtype": "float32"}, 262_144),
         ({"head_dim": 64}, 65_536),
         ({"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 70_272),
+        ({"num_key_value_heads": None}, 524_288),
         ({"layer_types": ["full_attention", "linear_attention"] * 16}, 65_536),
+        ({"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, 4096),
+        ({"layer_types": ["full_attention"] * 32, "num_kv_shared_layers": 30}, 8192),
+        ({"hybrid_override_pattern": "M-M*M-ME*-"}, 8192),
+        ({"full_attention_interval": 4}, 32_768),
+        ({"sliding_window_pattern": 6}, 20_480),
     ],
 )
 def test_bytes_per_token_follow_from_the_model(
     tmp_path: Path, changes: dict[str, Any], expected: int
 ) -> None:
-    """Grouped heads, head size, dtype, latent attention, layers without keys and values."""
-    assert kv_bytes_per_token(model(tmp_path / "config.json", **LLAMA | changes)) == expected
+    """Grouped heads, head size, dtype, latent attention, layers that do not grow with a prompt."""
+    plain = model(tmp_path / "config.json", **LLAMA | changes)
+    assert model_size(plain).bytes_per_token == expected
     nested = model(tmp_path / "nested.json", text_config=LLAMA | changes)
-    assert kv_bytes_per_token(nested) == expected
+    assert model_size(nested).bytes_per_token == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ["131,072 bytes per token: keys and values of all 32 layers."]),
+        (
+            {
+                "layer_types": [*["sliding_attention"] * 5, "full_attention", "linear_attention"],
+                "sliding_window": 512,
+            },
+            [
+                "keys and values of 1 of 7 layers.",
+                "Left out, because it does not grow with the prompt: ",
+                "5 sliding_attention, the last 512 tokens, at most 10,485,760 bytes for each",
+                "; 1 linear_attention.",
+            ],
+        ),
+        ({"hybrid_override_pattern": "M-M*"}, ["of 1 of 4 layers.", ": 2 mamba; 1 mlp."]),
+        ({"sliding_window": 4096}, ["sliding_window of 4096 tokens is not considered"]),
+    ],
+)
+def test_it_says_which_layers_it_counted(
+    tmp_path: Path, changes: dict[str, Any], said: list[str]
+) -> None:
+    """And which it left out, with what they take at most."""
+    counted = model_size(model(tmp_path / "config.json", **LLAMA | changes)).counted
+    for part in said:
+        assert part in counted
+    assert ("not considered" in counted) == (changes.keys() == {"sliding_window"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["sliding_attention"] * 2}, "none of them keeps keys and values of the"),
+        ({"layer_types": ["brand_new"]}, "layer_types: holds 'brand_new', which is not known"),
+        ({"hybrid_override_pattern": "M?"}, "hybrid_override_pattern: is 'M\\?'"),
+        ({"attn_layer_period": 8}, "attn_layer_period: without layer_types does not tell"),
+        ({"hidden_size": 5}, "hidden_size: is 5 for 32 heads"),
+        ({"text_config": [1]}, "text_config: is no JSON object"),
+    ],
+)
+def test_a_model_that_is_not_understood_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A guess would be a plan for another model."""
+    with pytest.raises(ModelError, match=message):
+        model_size(model(tmp_path / "config.json", **LLAMA | changes))
 
 
 def test_a_model_that_says_too_little_is_named(tmp_path: Path) -> None:
     """With the field, and the way around."""
     path = model(tmp_path / "config.json", num_hidden_layers=2)
     with pytest.raises(ModelError, match=r"num_attention_heads: is missing; .*--kv-bytes"):
-        kv_bytes_per_token(path)
+        model_size(path)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +195,16 @@ def test_it_answers_in_words_and_json(tmp_path: Path, rng: random.Random) -> Non
     ran = CliRunner().invoke(plan, [*arguments, "--hit-rate", "0.999"])
     assert json.loads(out.read_text())["goal"]["memory_alone_bytes"] is None
     assert "no size of memory reaches it" in " ".join(ran.output.split())
+
+
+def test_it_tells_what_a_model_was_taken_for(tmp_path: Path) -> None:
+    """Before the tables that follow from it."""
+    config = model(tmp_path / "config.json", **LLAMA)
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 512, "hash_ids": [1]}\n')
+    ran = CliRunner().invoke(plan, [str(path), "--model-config", str(config), "--jobs", "1"])
+    assert ran.exit_code == 0, ran.output
+    assert ran.stdout.startswith("config.json: 131,072 bytes per token: keys and values of all 32")
 
 
 def worse_with_more(question: Question) -> Plan:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from kvstore.policy.policies import DEFAULT, POLICIES
-from kvstore.replay.model_size import ModelError, kv_bytes_per_token
+from kvstore.replay.model_size import ModelError, ModelSize, model_size
 from kvstore.replay.options import FILE, progress, read_source, trace_options
 from kvstore.replay.plan import Question, answer
 from kvstore.replay.plan_report import draw, sentences, tables
@@ -89,9 +89,9 @@ def plan(
     that were tried, answers are interpolated.
     """
     source = Source(trace_file, hints_file, limit)
-    per_token = _bytes_per_token(kv_bytes_per_token, model_config)
+    model = _model_size(kv_bytes_per_token, model_config)
     trace = read_source(source)
-    question = Question(trace, per_token, memory_bytes, disk_bytes, hit_rate, policy)
+    question = Question(trace, model.bytes_per_token, memory_bytes, disk_bytes, hit_rate, policy)
     if memory_bytes < question.block_bytes:
         raise click.BadParameter(
             f"one block of this model takes {question.block_bytes:,} bytes", param_hint="--memory"
@@ -105,19 +105,21 @@ def plan(
     if png_file is not None:
         draw(result, png_file)
     console = Console()
+    if model.counted:
+        console.print(model.counted, highlight=False, markup=False)
     for table in tables(result):
         console.print(table)
     for sentence in sentences(result):
         console.print(sentence, highlight=False)
 
 
-def _bytes_per_token(given: int | None, config: Path | None) -> int:
+def _model_size(given: int | None, config: Path | None) -> ModelSize:
     if (given is None) == (config is None):
         raise click.UsageError("give either --kv-bytes-per-token or --model-config")
     if given is not None:
-        return given
+        return ModelSize(given, "")
     assert config is not None
     try:
-        return kv_bytes_per_token(config)
+        return model_size(config)
     except ModelError as error:
         raise click.ClickException(str(error)) from None
