@@ -24,21 +24,35 @@ def trace_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (
             click.argument("trace_file", metavar="TRACE", type=FILE),
             click.option(
-                "--hints", "hints_file", type=FILE, help="Reuse hints: one line per request."
+                "--hints",
+                "hints_file",
+                type=FILE,
+                help="What callers said of their requests: one JSON object per line, for the same "
+                "line of TRACE.",
             ),
             click.option(
-                "--limit", type=click.IntRange(1), help="Only the first requests of the trace."
+                "--limit",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Only the first N lines of TRACE.",
             ),
             click.option(
                 "--jobs",
                 type=click.IntRange(1),
+                metavar="N",
                 default=lambda: os.cpu_count() or 1,
                 show_default="one per CPU",
                 help="Processes that replay at the same time.",
             ),
-            click.option("--json", "json_file", type=NEW_FILE, help="Write the result here."),
             click.option(
-                "--png", "png_file", type=NEW_FILE, callback=_png, help="Draw the result here."
+                "--json", "json_file", type=NEW_FILE, help="Write the result to this file, too."
+            ),
+            click.option(
+                "--png",
+                "png_file",
+                type=NEW_FILE,
+                callback=_png,
+                help="Draw the result into this file (needs matplotlib).",
             ),
         )
     ):

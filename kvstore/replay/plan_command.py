@@ -43,25 +43,38 @@ Examples:
   kvstore plan trace.jsonl --model-config config.json --memory 256GiB --disk 4TiB --png plan.png
 \b
 131072 bytes per token: Llama-3.1-8B in 16 bit. Tensor parallelism divides them among ranks;
-the whole model's bytes give the size for all ranks together.
+the whole model's bytes give the size for all ranks together. Of a model that mixes kinds of
+layers, those with attention to the whole prompt count; the output says which were left out.
 """
 )
 @trace_options
-@click.option("--kv-bytes-per-token", type=click.IntRange(1), help="Of all layers together.")
-@click.option("--model-config", type=FILE, help="A Hugging Face config.json, to compute that from.")
+@click.option(
+    "--kv-bytes-per-token",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Bytes of keys and values that a token takes, all layers together.",
+)
+@click.option(
+    "--model-config",
+    type=FILE,
+    help="The model's Hugging Face config.json, to compute that from. One of the two is needed.",
+)
 @click.option(
     "--hit-rate",
     type=click.FloatRange(0, 1, min_open=True),
+    metavar="SHARE",
     default=0.3,
     show_default=True,
-    help="The share of prompt tokens that shall come from the cache.",
+    help="The goal: the share of prompt tokens that come from memory or disk, 0 to 1.",
 )
 @click.option(
-    "--memory", "memory_bytes", type=Size(), default="64GiB", show_default=True, help="For blocks."
-)
+    "--memory", "memory_bytes", type=Size(), default="64GiB", show_default=True,
+    help="Memory for blocks, such as 64GiB or 64GB.",
+)  # fmt: skip
 @click.option(
-    "--disk", "disk_bytes", type=Size(), default="1TiB", show_default=True, help="0: without."
-)
+    "--disk", "disk_bytes", type=Size(), default="1TiB", show_default=True,
+    help="Disk for blocks; 0: without.",
+)  # fmt: skip
 @click.option(
     "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT, show_default=True,
     help="What memory evicts by.",
@@ -82,9 +95,12 @@ def plan(
 ) -> None:
     """Say how much memory and disk a hit rate takes, and what the next GiB buys.
 
-    TRACE is replayed through memory alone and through memory over disk, at several sizes, by the
-    code that a node runs: what memory evicts goes to disk, and a clean copy stays there when a
-    block comes back. Each answer is the best that was found with at most so much memory and disk:
+    TRACE is a file as `kvstore replay` takes it. It is replayed through memory alone and through
+    --memory over disk, at several sizes, by the code that a node runs: what memory evicts goes to
+    disk, and a clean copy stays there when a block comes back. Answered are: what --memory and
+    --disk are worth, and how much memory alone, or disk beside --memory, reaches --hit-rate.
+
+    Each answer is the best that was found with at most so much memory and disk:
     with more room a policy may do worse, but who has more can use less of it. Between the sizes
     that were tried, answers are interpolated.
     """
