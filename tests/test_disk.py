@@ -307,6 +307,18 @@ async def test_a_damaged_block_is_dropped_counted_and_repaired(
         tier.check()
 
 
+async def test_a_block_of_another_length_is_repaired(rig: Rig) -> None:
+    """Nobody can ever read it: it is a miss that is counted, then wanted, and written again."""
+    tier = await rig.disk()
+    blocks = chain(count=3)
+    await tier.store([*blocks[:2], block_of(blocks[2].ref, blocks[1].ref, SIZE - 1)])
+    assert await present(tier, blocks) == [True] * 2 + [False]
+    assert rig.counted("corrupt", tier="disk") == 1
+    assert await tier.wants(refs_of(blocks)) == [False] * 2 + [True]
+    assert await tier.store(blocks) == [True] * 3
+    assert await present(tier, blocks) == [True] * 3
+
+
 async def test_an_unreadable_block_costs_itself_alone(rig: Rig) -> None:
     """A sector that cannot be read is a miss of one block, not of the batch around it."""
     files = SimulatedFiles()
@@ -468,6 +480,21 @@ async def test_a_device_that_never_has_room_costs_one_segment(rig: Rig) -> None:
     assert before - set(segment_ids(files.names())) == {min(before)}
     files.fault = None
     await serves(tier, "after", 12)
+
+
+async def test_what_cannot_be_cut_off_is_counted(rig: Rig) -> None:
+    """A footer whose sync fails and that cannot be taken away again takes its room."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    await tier.store(chain("first", 4))
+    files.fault = FailAlways(errno.EIO, ["sync", "truncate"])
+    assert not await attempt(tier.store(chain("second", 1)))
+    assert files.injected["truncate"] > 0
+    tier.check()
+    assert tier.usage()[0].used_bytes >= files.total_bytes
+    files.fault = None
+    await serves(tier, "after", 12)
+    assert files.peak_bytes <= SMALL_CAPACITY
 
 
 @pytest.mark.parametrize("operation", ["sync", "remove", "read", "open", "write"])
