@@ -1,13 +1,18 @@
 """The disk tier's start: what it believes of the files that an earlier run left."""
 
 import errno
+import os
 import random
 import struct
+from collections.abc import Sequence
 
+import pytest
 import xxhash
 
+from kvstore.api.tier import Block
 from kvstore.files import PAGE_BYTES
-from kvstore.tiers.segment import file_name
+from kvstore.record import HEADER_BYTES, Header
+from kvstore.tiers.segment import Placed, file_name, pack_footer
 from tests.disk_rig import (
     RECORD_BYTES,
     SIZE,
@@ -16,6 +21,7 @@ from tests.disk_rig import (
     chain,
     close,
     kill,
+    refs_of,
     serves,
     small,
 )
@@ -245,3 +251,121 @@ async def test_smaller_limits_hold_from_the_next_start(rig: Rig) -> None:
     for blocks in chains:
         await tier.store(blocks)
         assert files.total_bytes <= SMALL_CAPACITY
+
+
+async def test_a_lower_limit_holds_while_the_tail_is_sealed(rig: Rig) -> None:
+    """Sealing what a killed run left open takes room as well: first the oldest segments go."""
+    files = SimulatedFiles()
+    tier = await small(rig, files, capacity_bytes=20 * SMALL_SEGMENT)
+    for number in range(14):
+        await tier.store(chain(f"chain {number}", 4))
+    kill(rig, files, tier)
+    assert files.total_bytes > SMALL_CAPACITY
+    files.peak_bytes = 0
+    tier = await small(rig, files)
+    assert 0 < files.peak_bytes <= SMALL_CAPACITY
+    assert await present(tier, chain("chain 13", 4)) == [True] * 4
+
+
+async def test_a_start_that_fails_lets_go_of_its_files(rig: Rig) -> None:
+    """What was opened is closed again when the limit cannot be kept, and the next start works."""
+    files = SimulatedFiles()
+    tier = await small(rig, files, capacity_bytes=20 * SMALL_SEGMENT)
+    for number in range(14):
+        await tier.store(chain(f"chain {number}", 4))
+    await close(rig, files, tier)
+    files.fault = FailAlways(errno.EIO, ["remove"])
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        await small(rig, files)
+    assert files.open_handles == 0
+    files.fault = None
+    assert await present(await small(rig, files), chain("chain 13", 4)) == [True] * 4
+
+
+@pytest.mark.parametrize("offset", [0, PAGE_BYTES + 1, 1 << 40, (1 << 64) - PAGE_BYTES])
+async def test_a_footer_that_points_elsewhere_is_not_believed(rig: Rig, offset: int) -> None:
+    """Its digest is right and a record cannot lie there: the records are looked for instead."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks = chain(count=4)
+    await tier.store(blocks)
+    await close(rig, files, tier)
+    content = files.content(file_name(1))
+    start = PAGE_BYTES + 4 * RECORD_BYTES
+    header = Header.unpack(content[start - RECORD_BYTES :][:HEADER_BYTES])
+    records = [
+        Placed(at, Header.unpack(content[at:][:HEADER_BYTES]))
+        for at in range(PAGE_BYTES, start - RECORD_BYTES, RECORD_BYTES)
+    ]
+    content[start:] = pack_footer([*records, Placed(offset, header)])
+    tier = await rig.disk(files)
+    assert await present(tier, blocks) == [True] * 4
+    assert rig.counted("corrupt", tier="disk") == 0
+
+
+async def test_what_is_stored_after_a_start_that_could_not_read_is_the_latest(rig: Rig) -> None:
+    """Its records are numbered behind those that nobody could read, which come back later."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks = chain(count=4)
+    await tier.store([*chain("earlier", 4), *blocks])
+    await close(rig, files, tier)
+    files.fault = FailAlways(errno.EIO, ["read"])
+    tier = await rig.disk(files)
+    assert await present(tier, blocks) == [False] * 4
+    files.fault = None
+    assert await tier.store(blocks) == [True] * 4
+    await close(rig, files, tier)
+    assert await present(await rig.disk(files), blocks) == [True] * 4
+
+
+# What was forgotten.
+
+
+TWINS = PAGE_BYTES + 4 * RECORD_BYTES
+"""Where the forget records of the following lie."""
+
+
+async def forgotten_in_a_killed_run(
+    rig: Rig, files: SimulatedFiles, after: Sequence[Block] = ()
+) -> list[Block]:
+    """A chain of three, and a block that was discarded before others were stored."""
+    tier = await rig.disk(files)
+    kept, gone = chain("kept", 3), chain("gone", 1)
+    await tier.store([*kept, *gone])
+    assert await tier.discard(refs_of(gone)) == 1
+    await tier.store(after)
+    kill(rig, files, tier)
+    return kept + gone
+
+
+@pytest.mark.parametrize("twin", [0, 1])
+async def test_a_damaged_forget_record_has_a_twin(rig: Rig, twin: int) -> None:
+    """Whichever of the two is damaged, what they forgot stays so and nothing else is lost."""
+    files = SimulatedFiles()
+    blocks = await forgotten_in_a_killed_run(rig, files)
+    files.flip(file_name(1), 8 * (TWINS + twin * PAGE_BYTES + 100))
+    assert await present(await rig.disk(files), blocks) == [True] * 3 + [False]
+
+
+async def test_where_a_forget_record_is_missing_nothing_older_is_believed(rig: Rig) -> None:
+    """It may have been any of it. What was stored since the record knows of it, and counts."""
+    files = SimulatedFiles()
+    after = chain("after", 2)
+    blocks = await forgotten_in_a_killed_run(rig, files, after)
+    for twin in range(2):
+        files.flip(file_name(1), 8 * (TWINS + twin * PAGE_BYTES + 100))
+    assert await present(await rig.disk(files), blocks + after) == [False] * 4 + [True] * 2
+
+
+async def test_what_was_discarded_after_its_parent_stays_so(rig: Rig) -> None:
+    """It had left with the parent already, but its record would rise once that is stored again."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks = chain(count=2)
+    await tier.store(blocks)
+    await tier.discard(refs_of(blocks[:1]))
+    assert await tier.discard(refs_of(blocks[1:])) == 0
+    await tier.store(blocks[:1])
+    kill(rig, files, tier)
+    assert await present(await rig.disk(files), blocks) == [True, False]
