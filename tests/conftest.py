@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 NODE_NEEDS = ("numcodecs", "prometheus_client", "pydantic", "redis", "grpc_health")
 NODE_TESTS = (
-    "tier_contract", "keys", "wire", "record", "slabs", "memory", "policy", "disk", "redis_tier",
+    "tier_contract", "keys", "wire", "record", "slabs", "memory", "policy", "disk", "disk_recovery",
+    "redis_tier",
     "tiered", "lending", "admission", "guarded", "node", "grpc", "config", "tenants",
     "serve_process", "proofs_service", "simulator", "policy_order", "policy_proofs",
     "replay_command", "replay_files", "replay_optimum", "plan",

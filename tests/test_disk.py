@@ -1,16 +1,14 @@
-"""The disk tier: what it keeps over restarts, crashes, full devices and damaged files."""
+"""The disk tier: its room, its chains, and what it keeps over full, failing and dead devices."""
 
 import asyncio
 import contextlib
 import errno
 import os
 import random
-import struct
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from kvstore.api.errors import ConfigError, TierError
 from kvstore.api.tier import Block, BlockRef, Load
@@ -19,275 +17,25 @@ from kvstore.names import block_name
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_index import Entry
 from kvstore.tiers.segment import file_name, segment_ids
-from tests.sim.blocks import block_of, chain_of, load_all, namespace_of, present
+from tests.disk_rig import (
+    MINE,
+    RECORD_BYTES,
+    SIZE,
+    SMALL_CAPACITY,
+    SMALL_SEGMENT,
+    THEIRS,
+    chain,
+    close,
+    kill,
+    refs_of,
+    serves,
+    small,
+)
+from tests.sim.blocks import block_of, chain_of, load_all, present
 from tests.sim.clock import settle
 from tests.sim.files import FailAlways, FailNth, SimulatedFiles
 from tests.sim.rig import SYNC_AFTER_S, Rig
 from tests.sim.runner import GatedRunner
-
-MINE, THEIRS = namespace_of("mine"), namespace_of("theirs")
-SIZE = 6000
-RECORD_BYTES = PAGE_BYTES + 2 * PAGE_BYTES
-"""What a block of SIZE takes on disk, uncompressed."""
-SMALL_SEGMENT = 1 << 16
-SMALL_CAPACITY = 6 * SMALL_SEGMENT
-
-
-def chain(word: str = "chain", count: int = 10, namespace: bytes = MINE) -> list[Block]:
-    """A chain of blocks of SIZE."""
-    return chain_of(word, count, namespace, SIZE)
-
-
-def refs_of(blocks: Sequence[Block]) -> list[BlockRef]:
-    return [block.ref for block in blocks]
-
-
-async def small(
-    rig: Rig, files: SimulatedFiles, *, capacity_bytes: int = SMALL_CAPACITY, codec: str = "raw"
-) -> DiskTier:
-    """A tier that has to drop segments soon."""
-    return await rig.disk(
-        files, capacity_bytes=capacity_bytes, segment_bytes=SMALL_SEGMENT, codec=codec
-    )
-
-
-def kill(rig: Rig, files: SimulatedFiles, tier: DiskTier) -> None:
-    """Ends the process of a tier: nothing is sealed or closed, what was written is there."""
-    rig.gone(tier)
-    files.restart()
-
-
-async def close(rig: Rig, files: SimulatedFiles, tier: DiskTier) -> None:
-    """Ends a tier in order."""
-    tier.check()
-    rig.gone(tier)
-    await tier.close()
-    assert files.open_handles == 0
-
-
-# Restarts.
-
-
-async def test_a_closed_tier_is_read_by_its_footers(rig: Rig) -> None:
-    """After an orderly end nothing but first pages, first headers and footers is read."""
-    files = SimulatedFiles()
-    tier = await small(rig, files)
-    blocks = chain(count=12)
-    assert await tier.store(blocks) == [True] * 12
-    await close(rig, files, tier)
-    segments = len(files.names())
-    assert segments > 1
-    files.done.clear()
-    tier = await small(rig, files)
-    assert files.done["read"] <= 4 * segments
-    assert await present(tier, blocks) == [True] * 12
-
-
-async def test_a_killed_tier_is_read_by_scanning(rig: Rig) -> None:
-    """What was stored before kill -9 is served after it; then its segments have footers again."""
-    files = SimulatedFiles()
-    tier = await small(rig, files)
-    blocks = chain(count=12)
-    await tier.store(blocks)
-    kill(rig, files, tier)
-    tier = await small(rig, files)
-    assert await present(tier, blocks) == [True] * 12
-    kill(rig, files, tier)
-    files.done.clear()
-    tier = await small(rig, files)
-    assert files.done["read"] <= 4 * len(files.names())
-    assert await present(tier, blocks) == [True] * 12
-    assert sum(blocks for _, blocks, _ in rig.sealed) == 12
-
-
-async def test_a_restarted_tier_goes_on(rig: Rig) -> None:
-    """It takes new blocks below old ones, over many restarts of either kind."""
-    files = SimulatedFiles()
-    blocks = chain(count=12)
-    for start in range(0, 12, 2):
-        tier = await rig.disk(files)
-        assert await present(tier, blocks) == [True] * start + [False] * (12 - start)
-        assert await tier.store(blocks[: start + 2]) == [True] * (start + 2)
-        if start % 4:
-            kill(rig, files, tier)
-        else:
-            await close(rig, files, tier)
-    tier = await rig.disk(files)
-    assert await present(tier, blocks) == [True] * 12
-
-
-def cuts(rng: random.Random, blocks: int) -> list[int]:
-    """Places in a segment of so many records: around every page of the last three, and anywhere."""
-    first = PAGE_BYTES + (blocks - 3) * RECORD_BYTES
-    end = PAGE_BYTES + blocks * RECORD_BYTES
-    near = [page + by for page in range(first, end + 1, PAGE_BYTES) for by in (-1, 0, 1, 100)]
-    return [cut for cut in near if cut <= end] + [rng.randrange(end) for _ in range(40)]
-
-
-def whole_records(cut: int, blocks: int) -> int:
-    """How many records lie before the cut, with all bytes of their payload."""
-    ends = [PAGE_BYTES + n * RECORD_BYTES + PAGE_BYTES + SIZE for n in range(blocks)]
-    return sum(end <= cut for end in ends)
-
-
-async def test_a_torn_tail_is_cut(rig: Rig, rng: random.Random) -> None:
-    """Wherever the file ends after a crash: every whole record counts, nothing torn does."""
-    original = SimulatedFiles()
-    blocks = chain(count=8)
-    tier = await rig.disk(original)
-    await tier.store(blocks)
-    kill(rig, original, tier)
-    name = file_name(1)
-    for cut in cuts(rng, 8):
-        files = original.copy()
-        files.put(name, bytes(original.content(name)[:cut]))
-        tier = await rig.disk(files)
-        whole = whole_records(cut, 8)
-        assert await present(tier, blocks) == [True] * whole + [False] * (8 - whole), f"cut {cut}"
-        assert rig.counted("corrupt", tier="disk") == 0, "a torn record was believed"
-        assert await tier.store(blocks) == [True] * 8
-        await close(rig, files, tier)
-        tier = await rig.disk(files)
-        assert await present(tier, blocks) == [True] * 8, f"cut {cut}"
-        await close(rig, files, tier)
-
-
-async def test_a_scribbled_tail_is_cut(rig: Rig, rng: random.Random) -> None:
-    """The same where the rest of the file is noise instead of missing."""
-    original = SimulatedFiles()
-    blocks = chain(count=8)
-    tier = await rig.disk(original)
-    await tier.store(blocks)
-    kill(rig, original, tier)
-    name = file_name(1)
-    for cut in cuts(rng, 8):
-        files = original.copy()
-        content = original.content(name)
-        files.put(name, bytes(content[:cut]) + rng.randbytes(len(content) - cut))
-        tier = await rig.disk(files)
-        whole = whole_records(cut, 8)
-        held = await present(tier, blocks)
-        assert held == [True] * whole + [False] * (8 - whole), f"cut {cut}"
-        assert rig.counted("corrupt", tier="disk") == 0, "a torn record was believed"
-        kill(rig, files, tier)
-        files.done.clear()
-        tier = await rig.disk(files)
-        assert files.done["read"] <= 4, "what was cut is sealed"
-        assert await present(tier, blocks) == held
-        await close(rig, files, tier)
-
-
-async def test_a_damaged_first_page_costs_nothing(rig: Rig, rng: random.Random) -> None:
-    """Records speak for themselves; and what was forgotten in a segment stays forgotten."""
-    original = SimulatedFiles()
-    tier = await small(rig, original)
-    chains = [chain(word, 6) for word in "abc"]
-    for blocks in chains:
-        await tier.store(blocks)
-    all_blocks = [block for blocks in chains for block in blocks]
-    await tier.discard([block.ref for block in chains[0][3:]])
-    await close(rig, original, tier)
-    for name in original.names():
-        files = original.copy()
-        for bit in (rng.randrange(36 * 8), 8 * 628, rng.randrange(8 * PAGE_BYTES)):
-            files.flip(name, bit)
-        tier = await small(rig, files)
-        assert await present(tier, all_blocks) == [True] * 3 + [False] * 3 + [True] * 12
-        await close(rig, files, tier)
-
-
-async def test_a_segment_of_another_version_is_deleted(rig: Rig) -> None:
-    """An older node does not guess at what a newer one wrote."""
-    files = SimulatedFiles()
-    tier = await rig.disk(files)
-    await tier.store(chain())
-    await close(rig, files, tier)
-    body = struct.pack("<8sIQ", b"KVSTSEG1", 2, 1)
-    page = body + xxhash.xxh3_128_digest(body)
-    files.content(file_name(1))[: len(page)] = page
-    tier = await rig.disk(files)
-    assert await present(tier, chain()) == [False] * 10
-    assert files.names() == []
-    await close(rig, files, tier)
-
-
-async def test_a_damaged_footer_is_replaced_by_scanning(rig: Rig, rng: random.Random) -> None:
-    """Whatever bit of footer or last page is wrong, every block is found."""
-    original = SimulatedFiles()
-    blocks = chain(count=8)
-    tier = await rig.disk(original)
-    await tier.store(blocks)
-    await close(rig, original, tier)
-    name = file_name(1)
-    start = PAGE_BYTES + 8 * RECORD_BYTES
-    size = len(original.content(name))
-    entries = 8 * 264
-    bits = [rng.randrange(8 * entries) for _ in range(30)]
-    bits += [8 * (size - PAGE_BYTES - start) + bit for bit in range(0, 40 * 8, 5)]
-    for bit in bits:
-        files = original.copy()
-        files.flip(name, 8 * start + bit)
-        files.done.clear()
-        tier = await rig.disk(files)
-        assert files.done["read"] > 8, "the footer was believed"
-        assert await present(tier, blocks) == [True] * 8
-        await close(rig, files, tier)
-
-
-async def test_a_segment_that_cannot_be_read_does_not_stop_the_start(rig: Rig) -> None:
-    """A bad sector in one file costs its blocks; the file counts, and goes in its turn."""
-    original = SimulatedFiles()
-    tier = await small(rig, original)
-    chains = [chain(word, 4) for word in "abcd"]
-    for blocks in chains:
-        await tier.store(blocks)
-    await close(rig, original, tier)
-    for name in original.names():
-        files = original.copy()
-        files.fault = FailAlways(errno.EIO, ["read"], name.__eq__)
-        tier = await small(rig, files)
-        here = [await present(tier, blocks) for blocks in chains]
-        assert files.injected["read"] > 0
-        # What the newest one forgot nobody knows: then nothing is believed.
-        assert any(all(row) for row in here) == (name != max(original.names()))
-        assert not all(all(row) for row in here)
-        await serves(tier, "after", 12)
-        assert files.peak_bytes <= SMALL_CAPACITY
-        files.fault = None
-        await close(rig, files, tier)
-
-
-async def test_strangers_files_are_left_alone(rig: Rig) -> None:
-    """Only segments are read; whatever else lies in the directory stays as it is."""
-    files = SimulatedFiles()
-    strangers = ["README.txt", ".lock", "z" * 16 + ".segment", "1.segment"]
-    strangers += [file_name(7) + ".bak", "old " + file_name(7), file_name(0xABC).upper()]
-    for name in strangers:
-        files.put(name, b"not ours")
-    tier = await rig.disk(files)
-    blocks = chain(count=4)
-    await tier.store(blocks)
-    assert await present(tier, blocks) == [True] * 4
-    assert all(files.content(name) == b"not ours" for name in strangers)
-
-
-async def test_smaller_limits_hold_from_the_next_start(rig: Rig) -> None:
-    """A run with less capacity drops the oldest segments before it serves."""
-    files = SimulatedFiles()
-    tier = await small(rig, files, capacity_bytes=20 * SMALL_SEGMENT)
-    chains = [chain(f"chain {number}", 4) for number in range(16)]
-    for blocks in chains:
-        await tier.store(blocks)
-    await close(rig, files, tier)
-    assert files.total_bytes > SMALL_CAPACITY
-    tier = await small(rig, files)
-    assert files.total_bytes <= SMALL_CAPACITY
-    assert await present(tier, chains[-1]) == [True] * 4
-    assert await present(tier, chains[0]) == [False] * 4
-    for blocks in chains:
-        await tier.store(blocks)
-        assert files.total_bytes <= SMALL_CAPACITY
-
 
 # Capacity.
 
@@ -559,6 +307,18 @@ async def test_a_damaged_block_is_dropped_counted_and_repaired(
         tier.check()
 
 
+async def test_a_block_of_another_length_is_repaired(rig: Rig) -> None:
+    """Nobody can ever read it: it is a miss that is counted, then wanted, and written again."""
+    tier = await rig.disk()
+    blocks = chain(count=3)
+    await tier.store([*blocks[:2], block_of(blocks[2].ref, blocks[1].ref, SIZE - 1)])
+    assert await present(tier, blocks) == [True] * 2 + [False]
+    assert rig.counted("corrupt", tier="disk") == 1
+    assert await tier.wants(refs_of(blocks)) == [False] * 2 + [True]
+    assert await tier.store(blocks) == [True] * 3
+    assert await present(tier, blocks) == [True] * 3
+
+
 async def test_an_unreadable_block_costs_itself_alone(rig: Rig) -> None:
     """A sector that cannot be read is a miss of one block, not of the batch around it."""
     files = SimulatedFiles()
@@ -644,15 +404,6 @@ async def operations_of_script(rig: Rig, seed: str, operations: Sequence[str]) -
     return seen
 
 
-async def serves(tier: DiskTier, word: str, chains: int) -> None:
-    """The tier takes what is new and gives it back."""
-    for number in range(chains):
-        blocks = chain(f"{word} {number}", 3)
-        assert await tier.store(blocks) == [True] * 3
-        assert await present(tier, blocks) == [True] * 3
-        tier.check()
-
-
 async def test_an_error_anywhere_leaves_the_tier_working(rig: Rig, rng: random.Random) -> None:
     """Whichever operation fails once, the tier goes on, within its room, and restarts."""
     seed = str(rng.random())
@@ -733,6 +484,21 @@ async def test_a_device_that_never_has_room_costs_two_segments(rig: Rig) -> None
     assert before - set(segment_ids(files.names())) <= set(sorted(before)[:3])
     files.fault = None
     await serves(tier, "after", 12)
+
+
+async def test_what_cannot_be_cut_off_is_counted(rig: Rig) -> None:
+    """A footer whose sync fails and that cannot be taken away again takes its room."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    await tier.store(chain("first", 4))
+    files.fault = FailAlways(errno.EIO, ["sync", "truncate"])
+    assert not await attempt(tier.store(chain("second", 1)))
+    assert files.injected["truncate"] > 0
+    tier.check()
+    assert tier.usage()[0].used_bytes >= files.total_bytes
+    files.fault = None
+    await serves(tier, "after", 12)
+    assert files.peak_bytes <= SMALL_CAPACITY
 
 
 @pytest.mark.parametrize("operation", ["sync", "remove", "read", "open", "write"])

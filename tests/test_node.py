@@ -240,6 +240,24 @@ async def test_a_match_over_spaces_of_all_rules(store: Store) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("rule", [MatchRule.TRAILING, MatchRule.BOUNDARY])
+async def test_a_block_that_needs_no_parent_goes_below_again_without_it(
+    store: Store, rule: MatchRule
+) -> None:
+    """Also after a match has promoted it: the blocks before it may be nowhere."""
+    keys = keys_of("chain", 6)
+    space = store.node.open_space(rules(rule))
+    refs = store.node.refs(ACME, "", space, keys)
+    assert await store.store(keys[3:], space_id=space, parent_key=keys[2]) == [0, 1, 2]
+    await store.press()
+    last = await store.tiers.locate(refs[-1:])
+    assert (await store.match(keys, spaces=[space])).blocks == 6
+    assert await store.tiers.locate(refs[-1:]) == ["memory"]
+    await store.slow.discard(refs)
+    await store.tiers.flush()
+    assert await store.slow.locate(refs[-1:]) == last == ["disk"]
+
+
 async def test_a_match_of_nothing(store: Store) -> None:
     """No keys, or none that is here: length 0, no runs, no lease."""
     for keys in ([], keys_of("absent", 5)):
