@@ -255,20 +255,6 @@ async def test_a_device_that_hangs_does_not_hold_up_the_end(
     assert "a device does not answer" in errors
 
 
-async def test_a_second_signal_is_heard_while_a_device_hangs(serving: Serving) -> None:
-    """Nobody waits for its threads where signals could not be heard."""
-    serving.program = (str(ROOT / "tests" / "planted_hang.py"),)
-    served = await serving.start(server_drain_timeout_s="600")
-    async with connected(served) as (client, space):
-        assert await store(client, space, keys_of("chain", 6)) == [True] * 6
-        watch = await client.watch()
-        served.process.send_signal(signal.SIGTERM)
-        assert isinstance(await anext(watch), pb.Draining)
-    status, errors = await served.end(signal.SIGTERM)
-    assert status == 128 + signal.SIGTERM, errors
-    assert "SIGTERM while draining: ending at once" in errors.splitlines()[-1]
-
-
 @pytest.fixture
 def taken_port() -> Iterator[str]:
     """An address at which somebody else listens."""
