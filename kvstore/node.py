@@ -483,24 +483,35 @@ class Node:
     async def close(self, flush_timeout_s: float, close_timeout_s: float) -> None:
         """Ends leases, writes what only memory has to the slower tiers, and closes them.
 
-        What is not written within `flush_timeout_s` is lost to later runs; a tier that is not
-        closed within `close_timeout_s` is left as it is, as after a crash.
+        What is not written within `flush_timeout_s` is lost to later runs. The tiers have
+        `close_timeout_s` to close, and what the flush leaves over; one that is not closed by then
+        is left as it is, as after a crash.
         """
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + flush_timeout_s + close_timeout_s
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self.tiers.release(self.leases.end_all())
         try:
-            async with asyncio.timeout(flush_timeout_s):
+            self.tiers.release(self.leases.end_all())
+            await self._flush(flush_timeout_s)
+        finally:
+            await self._close_tiers(end_s - loop.time())
+
+    async def _flush(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
                 await self.tiers.flush()
         except TimeoutError:
-            _log.warning("memory was not flushed completely within %s s", flush_timeout_s)
+            _log.warning("memory was not flushed completely within %.1f s", timeout_s)
+
+    async def _close_tiers(self, timeout_s: float) -> None:
         try:
-            async with asyncio.timeout(close_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 await self.tiers.close()
         except TimeoutError:
-            _log.warning("the tiers were not closed within %s s", close_timeout_s)
+            _log.warning("the tiers were not closed within %.1f s", timeout_s)
 
 
 def _length(descriptors: Sequence[SpaceDescriptor], rows: Sequence[Row], held_blocks: int) -> int:

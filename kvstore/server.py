@@ -78,7 +78,7 @@ class NodeServer:
         grpc_server: grpc.aio.Server,
         health_servicer: Health,
         runner: Runner,
-        closers: list[Callable[[], Any]],
+        let_go: list[Callable[[], None]],
         port: int,
     ) -> None:
         self._settings = settings
@@ -87,7 +87,9 @@ class NodeServer:
         self._grpc = grpc_server
         self._health = health_servicer
         self._runner = runner
-        self._closers = closers
+        self._let_go = let_go
+        """Of what the runner's threads use."""
+        self._closers: list[Callable[[], Any]] = []
         self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
         self.metrics_endpoint = ""
         self.hangs = False
@@ -114,10 +116,10 @@ class NodeServer:
         )
         port = _listen(grpc_server, settings.server.listen)
         runner = ThreadRunner(settings.disk.threads)
-        closers: list[Callable[[], Any]] = []
+        let_go: list[Callable[[], None]] = []
         guards: list[Guarded] = []
         slow, disk = await _slow_tiers(
-            settings, runner, clock, metrics, events, closers, guards, wrap
+            settings, runner, clock, metrics, events, let_go, guards, wrap
         )
         policy = make_policy(settings.memory.policy, settings.memory.capacity_bytes)
         memory = Memory(settings.memory.capacity_bytes, settings.memory.slab_bytes, policy, clock)
@@ -137,7 +139,7 @@ class NodeServer:
         node.disk = disk
         calls = _calls(settings, tenants, clock, metrics)
         health_servicer = Health(settings.server.max_watchers)
-        server = cls(settings, node, calls, grpc_server, health_servicer, runner, closers, port)
+        server = cls(settings, node, calls, grpc_server, health_servicer, runner, let_go, port)
         try:
             await server._serve()
         except BaseException:
@@ -197,9 +199,11 @@ class NodeServer:
         end_s = loop.time() + grace_s
         # What is entered last is done first; whatever fails, all of it is done.
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self._close_the_rest)
             stack.push_async_callback(self._close_runner)
+            for close in self._closers:
+                stack.push_async_callback(_finish, close)
             stack.push_async_callback(self._close_node, end_s)
+            stack.push_async_callback(self._grpc.stop, None)
             await self._drain(grace_s)
 
     async def _drain(self, grace_s: float) -> None:
@@ -224,14 +228,11 @@ class NodeServer:
     async def _close_runner(self) -> None:
         self.hangs = not await self._runner.close(CLOSE_S / 2)
         if self.hangs:
+            # What they use, above all the directory's lock, is let go of by the process's end.
             _log.warning("a device does not answer: its threads are left behind")
-
-    async def _close_the_rest(self) -> None:
-        if self.hangs:
-            return  # Threads still use it, above all the lock; it ends with the process.
-        async with AsyncExitStack() as stack:
-            for close in self._closers:
-                stack.push_async_callback(_finish, close)
+            return
+        for let_go in self._let_go:
+            let_go()
 
 
 async def _finish(close: Callable[[], Any]) -> None:
@@ -246,7 +247,7 @@ async def _slow_tiers(
     clock: Clock,
     metrics: Metrics,
     events: Events,
-    closers: list[Callable[[], Any]],
+    let_go: list[Callable[[], None]],
     guards: list[Guarded],
     wrap: Callable[[Tier], Tier],
 ) -> tuple[Tier | None, DiskTier | None]:
@@ -260,7 +261,7 @@ async def _slow_tiers(
         guards.append(redis)
     if settings.disk.enabled:
         files = DirectoryFiles(settings.disk.path, direct=settings.disk.direct_io)
-        closers.append(files.shut)
+        let_go.append(files.shut)
         tier = await _disk_tier(settings.disk, files, runner, clock, metrics, events)
         disk = _guarded(wrap(tier), settings.disk, clock, metrics)
         guards.append(disk)

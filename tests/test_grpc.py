@@ -873,15 +873,42 @@ async def test_scopes_are_apart_and_searched_in_order(nodes: Nodes, server: Node
 
 async def test_a_device_that_hangs_does_not_hold_up_the_end(nodes: Nodes) -> None:
     """Its threads cannot be ended: they are left behind, and who started the node hears of it."""
-    server = await nodes.start(server={"drain_timeout_s": 0.1})
+    server = await nodes.start(server={"drain_timeout_s": 0.1, "metrics_listen": "127.0.0.1:0"})
     answer = threading.Event()
     hanging = asyncio.create_task(server._runner.run(answer.wait))
     await settle()
     async with asyncio.timeout(30):
         await nodes.stop(server)
     assert server.hangs
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(scrape, server.metrics_endpoint)
     answer.set()
     assert await hanging
+
+
+async def test_what_fails_in_a_drain_keeps_nothing_open(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is flushed; directory, threads and ports are let go of all the same."""
+    server = await nodes.start(server={"metrics_listen": "127.0.0.1:0"})
+    client, space = await opened(nodes, server)
+    keys = keys_of("chain", 6)
+    await store(client, space, keys)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server.calls, "drain", fail)
+    with pytest.raises(ZeroDivisionError):
+        await nodes.stop(server)
+    assert not server.hangs
+    with pytest.raises(Unavailable):
+        await client.status()
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(scrape, server.metrics_endpoint)
+    server = await nodes.start()
+    client, space = await opened(nodes, server)
+    assert await load(client, space, keys) == ["disk"] * 6
 
 
 # Forgetting.

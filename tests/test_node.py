@@ -28,6 +28,7 @@ from tests.sim.clock import settle
 from tests.sim.faulty import Faulty
 from tests.sim.nodes import BLOCK_BYTES, descriptor_of
 from tests.sim.rig import Rig, assert_idle, quiet
+from tests.sim.runner import GatedRunner
 
 ACME, RIVAL = Tenant("acme"), Tenant("rival")
 SLOTS = 16
@@ -978,4 +979,40 @@ async def test_closing_flushes_memory_and_ends_leases(rig: Rig) -> None:
     await store.node.close(flush_timeout_s=60, close_timeout_s=60)
     assert (len(store.leases), store.leases.leased_bytes) == (0, 0)
     assert len(disk._index) == 6
+    assert rig.sealed == [(1, 6, 6 * BLOCK_BYTES)]
+
+
+async def test_closing_may_take_what_the_flush_leaves_over(rig: Rig) -> None:
+    """A device that is slow to seal is not given up while there is time."""
+    runner = GatedRunner()
+    disk = await rig.disk(runner=runner)
+    store = Store(rig, disk, SLOTS, SLOTS)
+    await store.store(keys_of("chain", 6))
+    await store.tiers.flush()
+    rig.gone(store.tiers.memory)
+    rig.gone(disk)
+    runner.held = True
+    closing = asyncio.create_task(store.node.close(flush_timeout_s=60, close_timeout_s=0))
+    await settle()
+    assert not closing.done()
+    await runner.release()
+    await closing
+    assert rig.sealed == [(1, 6, 6 * BLOCK_BYTES)]
+
+
+async def test_closing_closes_the_tiers_also_when_the_flush_fails(rig: Rig) -> None:
+    """What lies on disk already is sealed, whatever became of the rest."""
+    disk = await rig.disk()
+    store = Store(rig, disk, SLOTS, SLOTS)
+    await store.store(keys_of("chain", 6))
+    await store.tiers.flush()
+
+    async def fail(operation: str, refs: Sequence[BlockRef]) -> None:
+        raise ZeroDivisionError(operation)
+
+    store.slow.before = fail
+    rig.gone(store.tiers.memory)
+    rig.gone(disk)
+    with pytest.raises(ZeroDivisionError):
+        await store.node.close(flush_timeout_s=60, close_timeout_s=60)
     assert rig.sealed == [(1, 6, 6 * BLOCK_BYTES)]
