@@ -127,8 +127,9 @@ class Calls:
             status = grpc.StatusCode.DEADLINE_EXCEEDED
             await context.abort(status, f"server.max_deadline_s: {self._max_deadline_s:g} s")
         except Exception:
-            status = grpc.StatusCode.UNKNOWN
-            _log.exception("%s failed", op)
+            if not context.done():  # Otherwise its caller is gone, which gRPC says like this.
+                status = grpc.StatusCode.UNKNOWN
+                _log.exception("%s failed", op)
             raise
         finally:
             self._metrics.requests.labels(op, status.name.lower()).inc()
