@@ -8,9 +8,9 @@ and goes. Meanwhile a client matches, loads and stores over real gRPC. What is j
 * failed calls: every entry in the client's own counters of what it lost, and every wrong byte;
 * the p99 of a miss beyond its budget, measured at the client. The budget of a match is
   redis.lookup_timeout_s; of a load it is that and redis.timeout_s, because a load looks where its
-  blocks lie and then reads them. While a breaker is open misses cost nothing, so that the p99 of
-  those that waited, and of the worst scenario, are told beside it;
-* the breaker: open within 3 errors, or 1 s after the first;
+  blocks lie and then reads them. While a breaker is open misses cost nothing: they are left out,
+  or nearly all would be of that kind;
+* the breaker: open within 3 errors, or 1 s after the first; where every answer is wrong it opens;
 * recovery: when the fault is gone a block of Redis is served again within 5 s.
 
 A scenario in which the fault never fired is a broken one.
@@ -48,7 +48,7 @@ WAITED_S = 0.01
 OPEN_WITHIN_S, RECOVERED_WITHIN_S = 1.0, 5.0
 PATIENT = Budgets(match_s=10, load_s=10, store_s=20)
 MEMORY = {"capacity_bytes": 1 << 20, "slab_bytes": 1 << 18}
-STAYS_S: dict[Size, float] = {"test": 0.5, "short": 0.8, "long": 3.0}
+STAYS_S: dict[Size, float] = {"test": 0.5, "short": 1.5, "long": 3.0}
 PAUSE_S = 0.004
 POLL_S = 0.004
 GIVE_UP_S = 15.0
@@ -149,6 +149,10 @@ class Fault:
     begin: Callable[[Bench], None]
     end: Callable[[Bench], None]
     fired: Callable[[Bench, NodeServer], float]
+    opens: bool = True
+    """Whether everybody who asks feels it, so that the breaker has to open."""
+    spares_reads: bool = False
+    """Reads go on as ever, and say nothing about the breaker of writes."""
 
 
 def _set(**settings: str) -> Callable[[Bench], None]:
@@ -168,12 +172,13 @@ def _replicate(*master: str) -> Callable[[Bench], None]:
     return apply
 
 
-def _proxied(name: str, kind: Kind, delay_s: float = 0.0) -> Fault:
+def _proxied(name: str, kind: Kind, delay_s: float = 0.0, *, opens: bool = True) -> Fault:
     return Fault(
         name,
         lambda bench: bench.proxy.spoil(Spoiling(kind, delay_s)),
         lambda bench: bench.proxy.heal(),
         lambda bench, server: bench.proxy.fired,
+        opens,
     )
 
 
@@ -190,15 +195,15 @@ FAULTS = (
     Fault("frozen", lambda b: b.server.freeze(), lambda b: b.server.thaw(), _felt),
     Fault(
         "out of memory", _set(maxmemory="1mb"), _set(maxmemory="0"),
-        lambda bench, server: bench.replied("OOM"),
+        lambda bench, server: bench.replied("OOM"), spares_reads=True,
     ),
     _proxied("cut mid-reply", "cut"),
     Fault("down", lambda b: b.server.kill(), lambda b: _start_again(b), _felt),
     _proxied("black hole", "swallow"),
-    _proxied("slow: 10 ms", "delay", 0.01),
+    _proxied("slow: 10 ms", "delay", 0.01, opens=False),
     Fault(
         "read-only", _replicate("127.0.0.1", "1"), _replicate("NO", "ONE"),
-        lambda bench, server: bench.replied("READONLY"),
+        lambda bench, server: bench.replied("READONLY"), spares_reads=True,
     ),
     _proxied("slow: 100 ms", "delay", 0.1),
     _proxied("reset", "reset"),
@@ -206,7 +211,10 @@ FAULTS = (
     _proxied("slow: 1 s", "delay", 1.0),
     Fault("no access", lambda b: b.deny(), lambda b: b.allow(), _felt),
     _proxied("slow: 30 s", "delay", 30.0),
-    Fault("evicted underneath", lambda b: b.evict(), lambda b: b.restore(), lambda b, _: b.deleted),
+    Fault(
+        "evicted underneath", lambda b: b.evict(), lambda b: b.restore(),
+        lambda bench, server: bench.deleted, opens=False,
+    ),
     # That it said so is made sure of at its beginning; the node may find it just slow.
     Fault("loading", lambda b: b.reload(), lambda b: b.reloaded(), _felt),
 )  # fmt: skip
@@ -223,6 +231,7 @@ class Seen:
     """What one scenario saw."""
 
     name: str
+    opens: bool
     fired: float = 0
     calls: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
@@ -242,17 +251,26 @@ class Seen:
     @property
     def beyond_s(self) -> list[float]:
         """How long each miss took beyond its budget."""
+        return self._beyond_s(0.0)
+
+    @property
+    def waited_s(self) -> list[float]:
+        """The same of those that did not come at once, from an open breaker."""
+        return self._beyond_s(WAITED_S)
+
+    def _beyond_s(self, least_s: float) -> list[float]:
         return [
             seconds - BUDGET_S[operation]
             for operation, misses in self.misses_s.items()
             for seconds in misses
+            if seconds >= least_s
         ]
 
     @property
     def opened(self) -> bool:
-        """Whether the breaker did what it has to: nothing, where there was no series of errors."""
+        """Whether the breaker did what it has to; it may stay closed where many do not feel it."""
         if self.seconds_to_open is None or self.errors_to_open is None:
-            return self.errors < FAILURES_TO_OPEN
+            return not self.opens and self.errors < FAILURES_TO_OPEN
         quick = self.seconds_to_open <= OPEN_WITHIN_S
         return quick or self.errors_to_open <= FAILURES_TO_OPEN
 
@@ -280,7 +298,7 @@ async def _scenario(setting: Setting, number: int) -> Seen:
     fault = FAULTS[number % len(FAULTS)]
     moment = MOMENTS[(number + number // len(FAULTS)) % len(MOMENTS)]
     rng = random.Random(f"{setting.seed} {number}")
-    seen = Seen(f"{fault.name}, {moment}")
+    seen = Seen(f"{fault.name}, {moment}", fault.opens)
     with (
         tempfile.TemporaryDirectory(prefix="kvstore-redis-faults-") as home,
         RedisServer(policy="noeviction", tcp=True) as redis_server,
@@ -338,7 +356,7 @@ async def _play(
     server = await nodes.start(**_options(bench.url))
     async with AsyncClient(server.endpoint, budgets=PATIENT) as client:
         load = Load(client, await client.open_space(descriptor_of(BLOCK_BYTES)), rng, seen)
-        watching = asyncio.create_task(_watch_breaker(server, seen))
+        watching = asyncio.create_task(_watch_breaker(server, fault, seen))
         if moment != "at start":
             await load.warm_up()
             working = [asyncio.create_task(each()) for each in (load.reads, load.writes)]
@@ -357,14 +375,15 @@ async def _play(
         seen.lost += client.counters
 
 
-async def _watch_breaker(server: NodeServer, seen: Seen) -> None:
+async def _watch_breaker(server: NodeServer, fault: Fault, seen: Seen) -> None:
     """Notes after what series of errors, without a success in between, it opens."""
     began_s, before, successes = 0.0, 0.0, -1.0
+    reads = [] if fault.spares_reads else [("load", "hit"), ("load", "miss")]
     while True:
         errors, now_s = _felt_by(server), time.monotonic()
         worked = sum(
             counter(server, "tier_operations", tier="redis", op=op, result=result)
-            for op, result in (("load", "hit"), ("load", "miss"), ("store", "held"))
+            for op, result in (*reads, ("store", "held"))
         )
         if not server.node.tiers.usage()[-1].serving:
             seen.errors_to_open = errors - before
@@ -462,10 +481,10 @@ def _findings(scenarios: Sequence[Seen]) -> list[Finding]:
     calls = sum(each.calls.total() for each in seen)
     failed = sum(each.failed for each in seen)
     beyond = [seconds for each in seen for seconds in each.beyond_s]
-    p99_s = _p99(beyond)
-    waited = [seconds for seconds in beyond if seconds > WAITED_S - LOOKUP_S]
+    waited = [seconds for each in seen for seconds in each.waited_s]
+    p99_s = _p99(waited)
     shut = [each.name for each in seen if not each.opened]
-    worst = max(seen, key=lambda each: _p99(each.beyond_s))
+    worst = max(seen, key=lambda each: _p99(each.waited_s))
     slowest = max(seen, key=lambda each: each.recovered_s)
     lost = {each.name: dict(each.lost) for each in seen if each.lost}
     fired = {each.name: each.fired for each in seen}
@@ -483,13 +502,16 @@ def _findings(scenarios: Sequence[Seen]) -> list[Finding]:
             {"lost": lost, "fired": fired},
         ),
         Finding(
-            round(p99_s * 1000, 1), p99_s <= MARGIN_S and bool(beyond), len(beyond),
+            round(p99_s * 1000, 1), p99_s <= MARGIN_S and bool(waited), len(waited),
             details={
-                "budget, s": BUDGET_S,
-                "p99 beyond of those that waited, ms": round(_p99(waited) * 1000, 1),
-                "waited": len(waited), "worst scenario": worst.name,
-                "its p99 beyond, ms": round(_p99(worst.beyond_s) * 1000, 1),
+                "budget, s": BUDGET_S, "misses, also those that cost nothing": len(beyond),
+                "p99 beyond of all of them, ms": round(_p99(beyond) * 1000, 1),
+                "worst scenario": worst.name,
+                "its p99 beyond, ms": round(_p99(worst.waited_s) * 1000, 1),
                 "slowest beyond, ms": round(max(beyond, default=0.0) * 1000, 1),
+                "the client overslept by at most, ms": round(
+                    max(each.overslept_s for each in seen) * 1000, 1
+                ),
             },
         ),
         Finding(
@@ -507,7 +529,7 @@ PROOF = Proof(
     about=__doc__ or "",
     claims=[
         Claim("Redis faults: client calls", "failed calls", "0"),
-        Claim("Redis faults: p99 of a miss beyond its budget", "ms", "<= 20"),
+        Claim("Redis faults: p99 of a miss that waited, beyond its budget", "ms", "<= 20"),
         Claim("Redis faults: breaker not open after 3 errors or 1 s", "scenarios", "0"),
         Claim("Redis faults: recovery", "s", "<= 5"),
     ],

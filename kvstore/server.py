@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import secrets
 import socket
 from collections.abc import Callable
@@ -59,6 +60,8 @@ KEEPALIVE_LEAST_MS = 5_000
 REDIS_CONNECTIONS = 16
 LAST_WORDS_S = 0.2
 CLOSE_S = 2.0
+OTHER_FILES = 1024
+"""Connections, above all."""
 
 _log = logging.getLogger("kvstore")
 
@@ -304,6 +307,7 @@ async def _disk_tier(
     metrics: Metrics,
     events: Events,
 ) -> DiskTier:
+    _allow_open_files(settings)
     opening = DiskTier.open(
         files,
         CODECS[settings.codec](),
@@ -322,6 +326,20 @@ async def _disk_tier(
             f"disk.path: {settings.path} cannot be read: {error.strerror}; mend the device, or "
             "start with disk.enabled = false"
         ) from None
+
+
+def _allow_open_files(settings: DiskSettings) -> None:
+    """Raises this process's limit of open files as far as it may; a segment is one of them."""
+    needed = 2 * settings.capacity_bytes // settings.segment_bytes + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ConfigError(
+            f"disk.segment_bytes: {settings.capacity_bytes} bytes in such segments may need "
+            f"{needed} open files, and this process may have {hard}; make segments larger, or "
+            "raise the limit (ulimit -n)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _redis(url: str, timeout_s: float) -> Redis:

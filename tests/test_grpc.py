@@ -748,6 +748,12 @@ async def test_a_write_that_says_nothing_loses_its_place(stub: "KVStoreAsyncStub
     await refused(stub.Write(timeout=0.4).read(), INVALID, "begin: it did not come within 0.2 s")
 
 
+async def test_more_segments_than_files_may_be_open_are_refused(nodes: Nodes) -> None:
+    """At the start, with the fix: later on every store would fail, and every connection."""
+    with pytest.raises(ConfigError, match=r"disk\.segment_bytes: .* open files.*ulimit -n"):
+        await nodes.start(disk={"capacity_bytes": 1 << 50, "segment_bytes": 1 << 18})
+
+
 # Tenants.
 
 

@@ -102,6 +102,8 @@ class DiskTier:
         """How many forget records the log has seen; every record says it."""
         self._yielded_bytes = 0
         """What has left a full volume since something was written last."""
+        self._damaged = 0
+        """How many blocks were found damaged, and dropped."""
         self._no_room = False
         """Not everything of the last batch could be written, for want of room."""
         self._writing = asyncio.Lock()
@@ -191,25 +193,23 @@ class DiskTier:
         Says now and then how far it is; the last word stands for the whole. Raises TierError
         once the device fails again and again, which says nothing of the blocks.
         """
-        total, blocks, size, damaged = len(self._index), 0, 0, 0
+        total, blocks, size, before = len(self._index), 0, 0, self._damaged
         due_bytes = failures = 0
         for entry in self._index.by_segment():
             try:
-                intact = await self._read(entry, partial(_judge, entry.name)) is not None
+                await self._read(entry, partial(_judge, entry.name))
                 failures = 0
             except OSError as error:
-                intact, failures = False, failures + 1
+                failures += 1
                 if failures == SCRUB_FAILURES:
                     raise TierError(f"disk: {error}") from error
-            here = self._index.find(entry.name) is entry
             blocks, size = blocks + 1, size + entry.record_bytes
-            damaged += not intact and not here
             due_bytes += entry.record_bytes
             if due_bytes >= bytes_per_s * SCRUB_PAUSE_S:
-                yield Scrubbed(blocks, size, damaged, total)
+                yield Scrubbed(blocks, size, self._damaged - before, total)
                 await self._clock.sleep(due_bytes / bytes_per_s)
                 due_bytes = 0
-        yield Scrubbed(blocks, size, damaged, total)
+        yield Scrubbed(blocks, size, self._damaged - before, total)
 
     async def close(self) -> None:
         if self._syncer is not None:
@@ -317,6 +317,7 @@ class DiskTier:
                 return None  # It left its segment, which was dropped, during the read.
             _log.warning("a damaged block was dropped from segment %d: %s", segment_id, error)
             self._metrics.corrupt.labels(self.name).inc()
+            self._damaged += 1
             self._index.remove([entry.name])
             if isinstance(error, OSError):
                 raise

@@ -315,6 +315,8 @@ class SegmentLog:
                     self._remove(segment_id)
                 break
             except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise  # Nothing is wrong with the file; without it others would rise again.
                 # It is dropped in its turn; the other segments are served meanwhile.
                 _log.warning("segment %d cannot be read: %s", segment_id, error)
                 if attempt == 2:
