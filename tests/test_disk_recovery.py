@@ -292,12 +292,12 @@ async def test_a_footer_that_points_elsewhere_is_not_believed(rig: Rig, offset: 
     await close(rig, files, tier)
     content = files.content(file_name(1))
     start = PAGE_BYTES + 4 * RECORD_BYTES
-    header = Header.unpack(content[start - RECORD_BYTES :][:HEADER_BYTES])
     records = [
-        Placed(at, Header.unpack(content[at:][:HEADER_BYTES]))
-        for at in range(PAGE_BYTES, start - RECORD_BYTES, RECORD_BYTES)
+        Placed(at, Header.unpack(bytes(content[at : at + HEADER_BYTES])))
+        for at in range(PAGE_BYTES, start, RECORD_BYTES)
     ]
-    content[start:] = pack_footer([*records, Placed(offset, header)])
+    records[-1] = records[-1]._replace(offset=offset)
+    content[start:] = pack_footer(records)
     tier = await rig.disk(files)
     assert await present(tier, blocks) == [True] * 4
     assert rig.counted("corrupt", tier="disk") == 0
