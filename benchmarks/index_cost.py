@@ -166,7 +166,7 @@ async def match_times(seed: str, blocks: int) -> tuple[float, float]:
             keys = keys_of_chain(seed, rng.randrange(size // MATCH_BLOCKS), MATCH_BLOCKS)
             taken.append(await match_s(node, space_id, keys))
     for node, _ in nodes:
-        await node.close(0)
+        await node.close(0, 1)
     return statistics.median(times[0]), statistics.median(times[1])
 
 

@@ -1,6 +1,7 @@
 """Runs every proof, short, and writes `proofs.json`: what is promised, and what was seen."""
 
 import json
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ MODULES = (
 
 TIMEOUT_S = 180.0
 """For one short proof, on a busy machine. All together take less than ten minutes."""
+REASON_CHARACTERS = 300
+"""So much of the end of what a proof wrote is the reason for its end."""
 
 
 def run_module(
@@ -47,17 +50,27 @@ def run_module(
                 command, timeout=timeout_s, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                 text=True, check=False,
             )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return [], f"not done within {timeout_s:g} s"
+        except subprocess.TimeoutExpired as late:
+            return [], _with_end_of(f"not done within {timeout_s:g} s", late.stderr)
         if result.exists():
             return json.loads(result.read_text())["rows"], ""
-        return [], f"exit status {ran.returncode}: {ran.stderr.strip()[-300:]}"
+        return [], _with_end_of(f"exit status {ran.returncode}", ran.stderr)
 
 
-def failed_row(module: str, reason: str, seconds: float = 0.0) -> dict[str, Any]:
-    """The row of a proof that broke off: that is no pass."""
+def _with_end_of(reason: str, written: str | bytes | None) -> str:
+    # What a process had written until it was killed comes as bytes, also where text was asked for.
+    text = written.decode(errors="replace") if isinstance(written, bytes) else written or ""
+    end = text.strip()[-REASON_CHARACTERS:]
+    return f"{reason}: {end}" if end else reason
+
+
+def failed_row(
+    module: str, reason: str, arguments: Sequence[str] = (), seconds: float = 0.0
+) -> dict[str, Any]:
+    """The row of a proof that broke off: that is no pass. Its command repeats it."""
+    command = " ".join(["python -m", f"benchmarks.{module}", *arguments])
     return {
-        "name": module, "command": f"python -m benchmarks.{module}", "figure": None, "unit": "",
+        "name": module, "command": command, "figure": None, "unit": "",
         "goal": "it runs to its end", "ok": False, "seconds": seconds, "trials": 0, "failures": 0,
         "reason": reason, "details": {},
     }  # fmt: skip
@@ -69,7 +82,7 @@ def prove(modules: Iterable[str], arguments: Sequence[str], console: Console) ->
     for module in modules:
         with console.status(module):
             found, reason = run_module(module, arguments, TIMEOUT_S)
-        rows += found or [failed_row(module, reason)]
+        rows += found or [failed_row(module, reason, arguments)]
         for each in rows[-len(found) or -1 :]:
             verdict = {True: "holds", False: "BROKEN", None: "not run"}[each["ok"]]
             console.print(f"{module}: {each['name']}: {verdict} {each['reason']}", highlight=False)
@@ -100,10 +113,11 @@ def main(
 
     MODULES are the proofs to run; without any, all. Exits with 1 if a claim is broken.
     """
-    arguments = ["--size", size]
-    arguments += ["--seed", seed] if seed is not None else []
-    arguments += trace_arguments(trace, hints)
+    # Drawn here and not by each proof: what ends one may also end its word of how to repeat it.
+    seed = seed or secrets.token_hex(4)
+    arguments = ["--size", size, "--seed", seed, *trace_arguments(trace, hints)]
     console = Console()
+    console.print(f"--seed {seed} repeats this run", highlight=False)
     rows = prove(modules or MODULES, arguments, console)
     json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     console.print(table(rows))

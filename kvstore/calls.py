@@ -1,8 +1,10 @@
 """What all calls have in common: who calls, until when, how it ends, and what is counted."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +23,13 @@ from kvstore.api.errors import (
 from kvstore.metrics import Metrics
 from kvstore.tenants import Tenant, Tenants
 
+_log = logging.getLogger("kvstore.calls")
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 ANSWER_MARGIN_S = 0.02
 """So long before its deadline a call answers what it has; a tenth of it, where that is less."""
+WATCHERS_PER_CLIENT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,16 @@ class Calls:
         admission: Admission,
         *,
         max_deadline_s: float,
+        max_watchers: int,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
         self.admission = admission
         self._tenants = tenants
         self._max_deadline_s = max_deadline_s
+        self._max_watchers = max_watchers
+        self._watchers: Counter[str] = Counter()
+        """Calls without an end, by client."""
         self._clock = clock
         self._metrics = metrics
         self._running: set[asyncio.Timeout] = set()
@@ -72,7 +81,8 @@ class Calls:
         """Ends what still runs with UNAVAILABLE."""
         self._ended = True
         for timeout in self._running:
-            timeout.reschedule(asyncio.get_running_loop().time())
+            if not timeout.expired():  # Otherwise its call is on its way out already.
+                timeout.reschedule(asyncio.get_running_loop().time())
 
     async def finished(self, timeout_s: float) -> bool:
         """True as soon as no call runs, False if that takes longer."""
@@ -87,12 +97,19 @@ class Calls:
     async def call(
         self, op: str, context: Context, *, endless: bool = False
     ) -> AsyncIterator[Call]:
-        """Authenticates the caller, keeps to the deadline, maps errors to statuses, counts."""
+        """Authenticates the caller, keeps to the deadline, maps errors to statuses, counts.
+
+        An `endless` call has no deadline; of those there are few, so that they leave room.
+        """
         started_s = self._clock.monotonic_s()
         status = grpc.StatusCode.CANCELLED
         try:
             async with self._timed(context, endless) as call:
-                yield call
+                if endless:
+                    with self._watching(call.client):
+                        yield call
+                else:
+                    yield call
             status = grpc.StatusCode.OK
         except Shed as error:
             status = STATUS[ResourceExhausted]
@@ -109,10 +126,29 @@ class Calls:
         except TimeoutError:
             status = grpc.StatusCode.DEADLINE_EXCEEDED
             await context.abort(status, f"server.max_deadline_s: {self._max_deadline_s:g} s")
+        except Exception:
+            if not context.done():  # Otherwise its caller is gone, which gRPC says like this.
+                status = grpc.StatusCode.UNKNOWN
+                _log.exception("%s failed", op)
+            raise
         finally:
             self._metrics.requests.labels(op, status.name.lower()).inc()
             seconds = self._clock.monotonic_s() - started_s
             self._metrics.request_seconds.labels(op).observe(seconds)
+
+    @contextmanager
+    def _watching(self, client: str) -> Iterator[None]:
+        if self._watchers.total() >= self._max_watchers:
+            raise ResourceExhausted(f"server.max_watchers: {self._max_watchers} calls watch")
+        if self._watchers[client] >= WATCHERS_PER_CLIENT:
+            raise ResourceExhausted(f"{WATCHERS_PER_CLIENT} calls of this connection watch")
+        self._watchers[client] += 1
+        try:
+            yield
+        finally:
+            self._watchers[client] -= 1
+            if not self._watchers[client]:
+                del self._watchers[client]
 
     def admitted(self, call: Call, cost_bytes: int) -> AbstractAsyncContextManager[None]:
         """Holds so many bytes for the call. Raises Shed."""

@@ -83,6 +83,9 @@ class ServerSettings(_Section):
         le=65535,
         description="of them those that concern blocks; leaves room for the rest",
     )
+    max_watchers: int = Field(
+        256, ge=1, le=65535, description="that go on for ever; as many more may watch the health"
+    )
     inflight_bytes: ByteSize = Field(
         ByteSize(256 * _MIB), ge=4 * _MIB, description="held for reads and writes on their way"
     )
@@ -107,6 +110,10 @@ class ServerSettings(_Section):
     def _fits(self) -> "ServerSettings":
         if self.max_data_calls >= self.max_concurrent_calls:
             raise ValueError("max_data_calls: must be less than max_concurrent_calls")
+        if 2 * self.max_watchers + self.max_data_calls > self.max_concurrent_calls:
+            raise ValueError(
+                "max_watchers: twice as many must fit beside max_data_calls in max_concurrent_calls"
+            )
         if self.inflight_bytes_per_client > self.inflight_bytes:
             raise ValueError("inflight_bytes_per_client: must not exceed inflight_bytes")
         return self
@@ -213,7 +220,10 @@ class LeaseSettings(_Section):
     """What Match may promise."""
 
     memory_fraction: float = Field(
-        0.5, ge=0, le=0.9, description="of memory.capacity_bytes that leases may keep"
+        0.5,
+        ge=0,
+        le=0.9,
+        description="of memory.capacity_bytes that leases may keep; 0: no leases, no promotion",
     )
     max_lease_s: float = Field(60.0, gt=0, le=3600, description="longer wishes are shortened")
 

@@ -1,6 +1,7 @@
 """How much of a chain can be restored: the longest length that every space's rule allows."""
 
 from collections.abc import Sequence
+from itertools import compress, count
 
 from kvstore.api.space import MatchRule, SpaceDescriptor
 
@@ -20,14 +21,16 @@ def longest_match(descriptors: Sequence[SpaceDescriptor], present: Sequence[Sequ
     `present[space][block]` says what is there; all rows have the length of the chain.
     """
     allowed = [_allowed(d, row) for d, row in zip(descriptors, present, strict=True)]
-    return max((n for n in range(len(present[0]) + 1) if all(row[n] for row in allowed)), default=0)
+    # In terms of iterators: rows are long.
+    return max(compress(count(), map(all, zip(*allowed, strict=True))), default=0)
 
 
 def _allowed(descriptor: SpaceDescriptor, present: Sequence[bool]) -> list[bool]:
     """For each length from 0 on, whether this space has what it needs."""
+    window = len(needed(descriptor, len(present)))  # Of a shorter length it needs all, or as much.
     run = 0
     allowed = [True]
     for length, here in enumerate(present, start=1):
         run = run + 1 if here else 0
-        allowed.append(run >= len(needed(descriptor, length)))
+        allowed.append(run >= window or run == length)
     return allowed

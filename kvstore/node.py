@@ -4,12 +4,14 @@ The gRPC servicer above it is a thin shell; nothing in here knows of messages or
 """
 
 import asyncio
-import itertools
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import groupby, repeat
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
@@ -17,12 +19,13 @@ from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import BlockRef
 from kvstore.events import Events
-from kvstore.leases import Lease, LeaseTable
+from kvstore.finding import Finding, Row, refs_of, slices
+from kvstore.leases import Lease, LeaseTable, question
 from kvstore.matching import longest_match, needed
 from kvstore.metrics import Metrics
 from kvstore.names import namespace
 from kvstore.policy.policy import Use
-from kvstore.reading import Delivered, Reading, always, windows, within
+from kvstore.reading import Delivered, Reading, always, windows
 from kvstore.tenants import PRIVATE_SCOPE, Tenant, check_scope
 from kvstore.tiers.disk import DiskTier, Scrubbed
 from kvstore.tiers.tiered import Tiered, Want
@@ -31,6 +34,9 @@ from kvstore.writing import Incoming
 _log = logging.getLogger("kvstore.node")
 
 MAX_SPACES = 4096
+"""So many are open; the next one takes the place of that which was used the longest ago."""
+NAMESPACES = 16_384
+"""So many names of tenant, scope and space are kept at hand; the others are computed again."""
 EXPIRY_PERIOD_S = 0.5
 
 
@@ -52,6 +58,42 @@ class Matched:
     lease: Lease | None
 
 
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Which blocks of a chain a restore needs in one space, beside what the caller holds."""
+
+    descriptor: SpaceDescriptor
+    row: Row
+    blocks: range
+
+    @classmethod
+    def of(cls, descriptor: SpaceDescriptor, row: Row, held_blocks: int, length: int) -> "Need":
+        """What a restore from `held_blocks` to `length` needs."""
+        blocks = needed(descriptor, length)
+        return cls(descriptor, row, range(max(held_blocks, blocks.start), blocks.stop))
+
+    def refs(self, blocks: range) -> list[BlockRef]:
+        """What some of the blocks are called."""
+        return self.row.refs[blocks.start : blocks.stop]
+
+    def tiers(self, blocks: range) -> list[str]:
+        """Where they lay."""
+        return [tier or "" for tier in self.row.tiers[blocks.start : blocks.stop]]
+
+    def wants(self, blocks: range) -> list[Want]:
+        """The same with their parents."""
+        refs, size = self.refs(blocks), self.descriptor.block_bytes
+        if not self.descriptor.needs_parents:
+            return [Want(ref, None, size) for ref in refs]
+        above = self.row.refs[blocks.start - 1] if blocks.start else None
+        return list(map(Want, refs, [above, *refs], repeat(size)))
+
+    def beyond(self, count: int) -> tuple[int, str]:
+        """How many there are beside the first `count`, and where the first of those lay."""
+        rest = self.blocks[count:]
+        return len(rest), "".join(self.tiers(rest[:1]))
+
+
 class Node:
     """One store process."""
 
@@ -69,7 +111,6 @@ class Node:
         slow_is_full: Callable[[int], bool] = lambda size: False,
     ) -> None:
         self.node_id = node_id
-        self._secret = secret
         self.tiers = tiers
         self.leases = leases
         self._max_lease_s = max_lease_s
@@ -77,12 +118,14 @@ class Node:
         self.clock = clock
         self.metrics = metrics
         self._slow_is_full = slow_is_full
-        self.spaces: dict[bytes, SpaceDescriptor] = {}
+        self.spaces: OrderedDict[bytes, SpaceDescriptor] = OrderedDict()
+        """The one that was used the longest ago first."""
         self.draining = False
         self.disk: DiskTier | None = None
         """The disk among the tiers, for what only a disk can do."""
         self._scrubbing = False
-        self._namespaces: dict[tuple[str, str, bytes], bytes] = {}
+        # Bounded: a scope is any name that a caller thinks of.
+        self._namespace = lru_cache(NAMESPACES)(partial(namespace, secret))
         self._tasks: set[asyncio.Task[None]] = set()
         metrics.follow(tiers.usage, lambda: (len(leases), leases.leased_bytes))
         self._keep(self._expire_leases())
@@ -98,9 +141,11 @@ class Node:
                 f"got {descriptor.block_bytes}"
             )
         space_id = descriptor.space_id
-        if space_id not in self.spaces and len(self.spaces) >= MAX_SPACES:
-            raise ResourceExhausted(f"this node has {MAX_SPACES} spaces open already")
         self.spaces[space_id] = descriptor
+        self.spaces.move_to_end(space_id)
+        if len(self.spaces) > MAX_SPACES:
+            # Who still needs it is told so, and opens it again; blocks and leases are not touched.
+            self.spaces.popitem(last=False)
         return space_id
 
     def space(self, space_id: bytes) -> SpaceDescriptor:
@@ -108,18 +153,21 @@ class Node:
         descriptor = self.spaces.get(space_id)
         if descriptor is None:
             raise UnknownSpace("space_id: not open on this node; call OpenSpace, then repeat")
+        self.spaces.move_to_end(space_id)
         return descriptor
 
     def refs(
         self, tenant: Tenant, scope: str, space_id: bytes, keys: Sequence[bytes]
     ) -> list[BlockRef]:
         """What the blocks of a tenant are called inside this node."""
+        [name] = self._names(tenant, [scope], space_id)
+        return refs_of(name, keys)
+
+    def _names(self, tenant: Tenant, scopes: Sequence[str], space_id: bytes) -> list[bytes]:
+        """The namespaces of a space in these scopes, or in the private one."""
         self.space(space_id)
-        owner = (tenant.name, check_scope(scope), space_id)
-        name = self._namespaces.get(owner)
-        if name is None:
-            name = self._namespaces[owner] = namespace(self._secret, *owner)
-        return [BlockRef(name, key) for key in keys]
+        scopes = scopes or (PRIVATE_SCOPE,)
+        return [self._namespace(tenant.name, check_scope(scope), space_id) for scope in scopes]
 
     # Match and Release.
 
@@ -142,21 +190,26 @@ class Node:
         `held_blocks` blocks itself: they count as here and are touched.
         """
         self._count_hint(hint)
-        asked = (tuple(space_ids), tuple(keys), tuple(scopes), held_blocks)
+        asked = question(space_ids, keys, scopes, held_blocks) if request_id else b""
         if repeated := self._repeated(tenant, request_id, asked):
-            return Matched(repeated.blocks, self._runs(repeated), repeated)
+            return Matched(repeated.blocks, _runs_again(repeated), repeated)
         descriptors = [self.space(space_id) for space_id in space_ids]
-        found = [await self._find(tenant, scopes, space_id, keys, left_s) for space_id in space_ids]
+        names = [self._names(tenant, scopes, space_id) for space_id in space_ids]
+        rows = await self._find(descriptors, names, keys, held_blocks, left_s)
+        for descriptor, (first, *_), row in zip(descriptors, names, rows, strict=True):
+            chain = row.refs + refs_of(first, keys[len(row.refs) :])
+            await self._tell(self._use(tenant, descriptor, chain, hint), left_s)
         # Its caller may have repeated itself while this one was looking, and got his lease.
         if repeated := self._repeated(tenant, request_id, asked):
-            return Matched(repeated.blocks, self._runs(repeated), repeated)
-        present = [
-            [at < held_blocks or tier is not None for at, (_, tier) in enumerate(row)]
-            for row in found
+            return Matched(repeated.blocks, _runs_again(repeated), repeated)
+        length = _length(descriptors, rows, held_blocks)
+        # What the caller holds itself says nothing about the store.
+        self.metrics.asked_blocks.inc(len(keys) - held_blocks)
+        self.metrics.matched_blocks.inc(length - held_blocks)
+        needs = [
+            Need.of(descriptor, row, held_blocks, length)
+            for descriptor, row in zip(descriptors, rows, strict=True)
         ]
-        length = longest_match(descriptors, present)
-        self.metrics.asked_blocks.inc(len(keys))
-        self.metrics.matched_blocks.inc(length)
         lease = Lease(
             lease_id=secrets.token_bytes(16),
             tenant=tenant.name,
@@ -164,26 +217,14 @@ class Node:
             expires_s=self.clock.monotonic_s() + min(lease_s, self._max_lease_s),
             asked=asked,
             blocks=length,
-            wants=[
-                _wants(d, row, held_blocks, length)
-                for d, row in zip(descriptors, found, strict=True)
-            ],
-            tiers={ref: tier for row in found for ref, tier in row[:length] if tier is not None},
         )
-        for space_id, row in zip(space_ids, found, strict=True):
-            chain = [ref for ref, _ in row]
-            self.tiers.memory.use(self._use(tenant, space_id, chain, hint))
         earlier = self.leases.of_request(tenant.name, request_id) if request_id else None
         if earlier is not None:
             self._release(earlier)
-        if length <= held_blocks or lease_s <= 0:
-            return Matched(length, self._runs(lease), None)
-        self._grant(lease)
-        return Matched(length, self._runs(lease), lease)
+        granted = length > held_blocks and lease_s > 0 and await self._grant(lease, needs)
+        return Matched(length, _runs(lease, needs), lease if granted else None)
 
-    def _repeated(
-        self, tenant: Tenant, request_id: bytes, asked: tuple[object, ...]
-    ) -> Lease | None:
+    def _repeated(self, tenant: Tenant, request_id: bytes, asked: bytes) -> Lease | None:
         """The lease that this request got for the same question, as long as it holds."""
         lease = self.leases.of_request(tenant.name, request_id) if request_id else None
         holds = lease is not None and lease.expires_s > self.clock.monotonic_s()
@@ -197,56 +238,85 @@ class Node:
 
     async def _find(
         self,
-        tenant: Tenant,
-        scopes: Sequence[str],
-        space_id: bytes,
+        descriptors: Sequence[SpaceDescriptor],
+        names: Sequence[Sequence[bytes]],
         keys: Sequence[bytes],
+        held_blocks: int,
         left_s: Callable[[], float],
-    ) -> list[tuple[BlockRef, str | None]]:
-        """For each key the first scope that has it, and in which tier."""
-        found: list[tuple[BlockRef, str | None]] = []
-        for scope in scopes or (PRIVATE_SCOPE,):
-            refs = self.refs(tenant, scope, space_id, keys)
-            tiers = await self._locate(refs, left_s())
-            here = list(zip(refs, tiers, strict=True))
-            # What no scope has is called as in the first one, where its owner would write it.
-            pairs = zip(found or here, here, strict=True)
-            found = [b if b[1] and not a[1] else a for a, b in pairs]
-        return found
+    ) -> list[Row]:
+        """Where the blocks of a chain lie in each space, as far as a match may reach."""
+        finding = Finding(self.tiers, left_s)
+        rows: list[Row] = []
+        for descriptor, owned in zip(descriptors, names, strict=True):
+            if rows:
+                await asyncio.sleep(0)
+            whole = descriptor.needs_parents
+            rows.append(await finding.row(owned, keys, held_blocks if whole else None))
+            if whole:
+                keys = keys[: rows[-1].gap(held_blocks)]
+        return rows
 
-    async def _locate(self, refs: Sequence[BlockRef], left_s: float) -> list[str | None]:
-        """Where blocks lie, as far as that can be said in the time that is left."""
+    async def _tell(self, use: Use[BlockRef], left_s: Callable[[], float]) -> None:
+        """Tells the policy of a request, of a long one in parts: it takes its time with each block.
+
+        The tail first, as policies themselves do it, so that the head stays the longest. When
+        nothing is left of the time, the head is all it hears of.
+        """
+        parts = list(slices(use.chain)) or [use.chain]
+        for at, part in reversed(list(enumerate(parts))):
+            if at and left_s() <= 0:
+                continue
+            self.tiers.memory.use(replace(use, chain=part))
+            await asyncio.sleep(0)
+
+    async def _grant(self, lease: Lease, needs: Sequence[Need]) -> bool:
+        """Pins what is in memory and begins to promote the rest, both up to the leases' limit.
+
+        False if nothing could be leased.
+        """
+        if not self.leases.grant(lease):
+            return False
+        lease.wants = [[] for _ in needs]
+        lease.beyond = [need.beyond(0) for need in needs]
         try:
-            async with within(left_s):
-                return await self.tiers.locate(refs)
-        except TimeoutError:
-            return await self.tiers.memory.locate(refs)  # Which does not wait.
-
-    def _grant(self, lease: Lease) -> None:
-        """Pins what is in memory and begins to promote the rest, both up to the leases' limit."""
-        self.leases.grant(lease)
-        below: list[Want] = []
-        for want in itertools.chain.from_iterable(lease.wants):
-            if not self.leases.reserve(lease, want.size):
-                break
-            acquired = self.tiers.pin(want)
-            if acquired is not None:
-                lease.held.append(acquired)
-            else:
-                below.append(want)
-        if below:
+            below = await self._hold(lease, needs)
+        except BaseException:  # Cancelled: nobody will ever release it.
+            self._release(lease)
+            raise
+        if not any(lease.wants):
+            self._release(lease)
+        if below and not lease.ended:
             self._keep(self._promote(lease, below))
+        return not lease.ended
 
-    def _runs(self, lease: Lease) -> list[list[Run]]:
-        """Where the matched blocks lie, space by space; blocks that no rule needs lie nowhere."""
-        held = {acquired.slot.ref for acquired in lease.held}
-        runs: list[list[Run]] = []
-        for wants in lease.wants:
-            places = [("", False)] * (lease.blocks - len(wants))
-            places += [(lease.tiers[want.ref], want.ref in held) for want in wants]
-            groups = itertools.groupby(places)
-            runs.append([Run(len(list(group)), *place) for place, group in groups])
-        return runs
+    async def _hold(self, lease: Lease, needs: Sequence[Need]) -> list[Want]:
+        """Reserves and pins for a lease; what it has to wait for.
+
+        What it found may be gone by now, and is then promoted again. The lease may end meanwhile.
+        """
+        below: list[Want] = []
+        for space, need in enumerate(needs):
+            for part in slices(need.blocks):
+                if space or part.start > need.blocks.start:
+                    await asyncio.sleep(0)
+                if lease.ended:
+                    return []
+                wants = self._reserve(lease, space, need, part)
+                acquired = [(want, self.tiers.pin(want)) for want in wants]
+                lease.held += [block for _, block in acquired if block is not None]
+                below += [want for want, block in acquired if block is None]
+                if len(wants) < len(part):
+                    break
+        return below
+
+    def _reserve(self, lease: Lease, space: int, need: Need, part: range) -> list[Want]:
+        """The first of some blocks of a space, as far as a lease has room for them."""
+        share_bytes = self.tiers.memory.share_bytes(need.descriptor.block_bytes)
+        part = part[: self.leases.reserve(lease, share_bytes, len(part))]
+        wants = need.wants(part)
+        lease.add(space, wants, need.tiers(part))
+        lease.beyond[space] = need.beyond(len(lease.wants[space]))
+        return wants
 
     async def _promote(self, lease: Lease, wants: list[Want]) -> None:
         """Fetches in windows what a lease waits for, as long as it lives."""
@@ -295,9 +365,10 @@ class Node:
         keys: Sequence[bytes],
         left_s: Callable[[], float],
     ) -> list[BlockRef]:
-        if len(scopes) < 2:
-            return self.refs(tenant, scopes[0] if scopes else PRIVATE_SCOPE, space_id, keys)
-        return [ref for ref, _ in await self._find(tenant, scopes, space_id, keys, left_s)]
+        names = self._names(tenant, scopes, space_id)
+        if len(names) == 1:
+            return refs_of(names[0], keys)
+        return (await Finding(self.tiers, left_s).row(names, keys)).refs
 
     # Write and the rest.
 
@@ -322,11 +393,11 @@ class Node:
             if parent_key:
                 parents[:1] = self.refs(tenant, parent_scope, space_id, [parent_key])
         rooted, *wanted = await self._wanted(parents[0], refs)
-        self.tiers.memory.expect(self._use(tenant, space_id, refs, hint))
+        self.tiers.memory.expect(self._use(tenant, descriptor, refs, hint))
         return Incoming(
             self.tiers, self.metrics, space_id, descriptor.block_bytes, refs,
             parents=parents, wanted=wanted, rooted=rooted,
-            advise=lambda: self._advise(tenant, space_id, refs, hint),
+            advise=lambda: self._advise(tenant, descriptor, refs, hint),
         )  # fmt: skip
 
     async def _wanted(self, above: BlockRef | None, refs: list[BlockRef]) -> list[bool]:
@@ -341,7 +412,7 @@ class Node:
 
         The space need not be open: what an earlier run stored is cleared as well.
         """
-        owned = namespace(self._secret, tenant.name, check_scope(scope), space_id)
+        owned = self._namespace(tenant.name, check_scope(scope), space_id)
         return await self.tiers.clear(owned)
 
     async def scrub(self, bytes_per_s: float) -> AsyncGenerator[Scrubbed, None]:
@@ -363,19 +434,27 @@ class Node:
     ) -> None:
         """Passes a hint for a chain to the policy."""
         self._count_hint(hint)
-        self._advise(tenant, space_id, self.refs(tenant, scope, space_id, keys), hint)
+        refs = self.refs(tenant, scope, space_id, keys)
+        self._advise(tenant, self.space(space_id), refs, hint)
 
     def _advise(
-        self, tenant: Tenant, space_id: bytes, refs: Sequence[BlockRef], hint: ReuseHint | None
+        self,
+        tenant: Tenant,
+        descriptor: SpaceDescriptor,
+        refs: Sequence[BlockRef],
+        hint: ReuseHint | None,
     ) -> None:
         if hint is not None:
-            self.tiers.memory.advise(self._use(tenant, space_id, refs, hint))
+            self.tiers.memory.advise(self._use(tenant, descriptor, refs, hint))
 
     def _use(
-        self, tenant: Tenant, space_id: bytes, refs: Sequence[BlockRef], hint: ReuseHint | None
+        self,
+        tenant: Tenant,
+        descriptor: SpaceDescriptor,
+        refs: Sequence[BlockRef],
+        hint: ReuseHint | None,
     ) -> Use[BlockRef]:
         """What the policy is told of a request."""
-        descriptor = self.space(space_id)
         return Use(
             refs,
             self.clock.monotonic_s(),
@@ -401,34 +480,68 @@ class Node:
             await self.clock.sleep(EXPIRY_PERIOD_S)
             self.tiers.release(self.leases.end_expired(self.clock.monotonic_s()))
 
-    async def close(self, flush_timeout_s: float) -> None:
+    async def close(self, flush_timeout_s: float, close_timeout_s: float) -> None:
         """Ends leases, writes what only memory has to the slower tiers, and closes them.
 
-        What is not written within `flush_timeout_s` is lost to later runs.
+        What is not written within `flush_timeout_s` is lost to later runs. The tiers have
+        `close_timeout_s` to close, and what the flush leaves over; one that is not closed by then
+        is left as it is, as after a crash.
         """
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + flush_timeout_s + close_timeout_s
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self.tiers.release(self.leases.end_all())
         try:
-            async with asyncio.timeout(flush_timeout_s):
+            self.tiers.release(self.leases.end_all())
+            await self._flush(flush_timeout_s)
+        finally:
+            await self._close_tiers(end_s - loop.time())
+
+    async def _flush(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
                 await self.tiers.flush()
         except TimeoutError:
-            _log.warning("memory was not flushed completely within %s s", flush_timeout_s)
-        await self.tiers.close()
+            _log.warning("memory was not flushed completely within %.1f s", timeout_s)
+
+    async def _close_tiers(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.tiers.close()
+        except TimeoutError:
+            _log.warning("the tiers were not closed within %.1f s", timeout_s)
 
 
-def _wants(
-    descriptor: SpaceDescriptor, row: list[tuple[BlockRef, str | None]], held: int, length: int
-) -> list[Want]:
-    """The blocks of one space that a restore from `held` to `length` needs, with their parents."""
-    return [
-        Want(
-            row[block][0],
-            row[block - 1][0] if block and descriptor.needs_parents else None,
-            descriptor.block_bytes,
-        )
-        for block in needed(descriptor, length)
-        if block >= held
-    ]
+def _length(descriptors: Sequence[SpaceDescriptor], rows: Sequence[Row], held_blocks: int) -> int:
+    """The longest match. Rows end where they no longer matter: the shortest one has all of it."""
+    shortest = min(len(row.tiers) for row in rows)
+    return longest_match(descriptors, [row.present(held_blocks, shortest) for row in rows])
+
+
+def _runs(lease: Lease, needs: Sequence[Need]) -> list[list[Run]]:
+    """Where the matched blocks lie, space by space; blocks that no rule needs lie nowhere."""
+    held = {acquired.slot.ref for acquired in lease.held}
+    runs = []
+    for need in needs:
+        leased = map(held.__contains__, need.refs(need.blocks)) if held else repeat(False)
+        places = list(zip(need.tiers(need.blocks), leased, strict=False))
+        runs.append(_run_lengths(lease.blocks, places))
+    return runs
+
+
+def _runs_again(lease: Lease) -> list[list[Run]]:
+    """The same from what a lease remembers: of what is not leased only where it begins."""
+    held = {acquired.slot.ref for acquired in lease.held}
+    runs = []
+    for wants, (more, tier) in zip(lease.wants, lease.beyond, strict=True):
+        places = [(lease.tiers[want.ref], want.ref in held) for want in wants]
+        runs.append(_run_lengths(lease.blocks, places + [(tier, False)] * more))
+    return runs
+
+
+def _run_lengths(blocks: int, places: list[tuple[str, bool]]) -> list[Run]:
+    """Runs of so many blocks, of which the last ones lie at these places."""
+    places = [("", False)] * (blocks - len(places)) + places
+    return [Run(len(list(group)), *place) for place, group in groupby(places)]

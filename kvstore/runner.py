@@ -1,6 +1,7 @@
 """The seam of blocking work: files and codecs run through a `Runner`, never on the event loop."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -14,8 +15,8 @@ class Runner(Protocol):
     async def run(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises. Cancelling the caller does not stop `work`."""
 
-    def close(self) -> None:
-        """Waits for what is running and takes nothing more."""
+    async def close(self, timeout_s: float) -> bool:
+        """Takes nothing more. True once nothing runs, False if that takes longer."""
 
 
 class ThreadRunner:
@@ -27,5 +28,9 @@ class ThreadRunner:
     async def run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True)
+    async def close(self, timeout_s: float) -> bool:
+        # A thread at a device that hangs cannot be ended, and must not hold up who waits for it.
+        ending = threading.Thread(target=self._pool.shutdown, daemon=True)
+        ending.start()
+        await asyncio.to_thread(ending.join, timeout_s)
+        return not ending.is_alive()

@@ -88,7 +88,21 @@ async def _run(settings: Settings, supervised: bool) -> None:
     click.echo(json.dumps(ready))
     await stop.wait()
     _log.info("draining")
-    await server.stop()
+    await _end(server)
+
+
+async def _end(server: NodeServer) -> None:
+    status = 0
+    try:
+        await server.stop()
+    except Exception:
+        if not server.hangs:
+            raise
+        _log.exception("not everything was closed")
+        status = 1
+    if server.hangs:
+        logging.shutdown()
+        os._exit(status)  # The interpreter would wait for threads that never end.
 
 
 def _stop_or_end(stop: asyncio.Event, signal_number: int) -> None:

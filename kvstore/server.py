@@ -1,10 +1,12 @@
 """A node as a running server: the expression of its tiers, its gRPC port, its end."""
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from kvstore.config import (
 from kvstore.directory import Directory
 from kvstore.events import Draining, Events, SegmentSealed
 from kvstore.files import DirectoryFiles
+from kvstore.health import Health
 from kvstore.leases import LeaseTable
 from kvstore.metrics import Metrics
 from kvstore.names import SECRET_BYTES
@@ -55,6 +58,9 @@ KEEPALIVE_MS = 10_000
 KEEPALIVE_LEAST_MS = 5_000
 REDIS_CONNECTIONS = 16
 LAST_WORDS_S = 0.2
+CLOSE_S = 2.0
+
+_log = logging.getLogger("kvstore")
 
 
 def _as_it_is(tier: Tier) -> Tier:
@@ -70,9 +76,9 @@ class NodeServer:
         node: Node,
         calls: Calls,
         grpc_server: grpc.aio.Server,
-        health_servicer: health.aio.HealthServicer,
+        health_servicer: Health,
         runner: Runner,
-        closers: list[Callable[[], Any]],
+        let_go: list[Callable[[], None]],
         port: int,
     ) -> None:
         self._settings = settings
@@ -81,9 +87,13 @@ class NodeServer:
         self._grpc = grpc_server
         self._health = health_servicer
         self._runner = runner
-        self._closers = closers
+        self._let_go = let_go
+        """Of what the runner's threads use."""
+        self._closers: list[Callable[[], Any]] = []
         self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
         self.metrics_endpoint = ""
+        self.hangs = False
+        """After `stop`: whether threads were left behind, which would hold up the process's end."""
 
     @classmethod
     async def start(
@@ -106,10 +116,10 @@ class NodeServer:
         )
         port = _listen(grpc_server, settings.server.listen)
         runner = ThreadRunner(settings.disk.threads)
-        closers: list[Callable[[], Any]] = []
+        let_go: list[Callable[[], None]] = []
         guards: list[Guarded] = []
         slow, disk = await _slow_tiers(
-            settings, runner, clock, metrics, events, closers, guards, wrap
+            settings, runner, clock, metrics, events, let_go, guards, wrap
         )
         policy = make_policy(settings.memory.policy, settings.memory.capacity_bytes)
         memory = Memory(settings.memory.capacity_bytes, settings.memory.slab_bytes, policy, clock)
@@ -128,8 +138,8 @@ class NodeServer:
         )
         node.disk = disk
         calls = _calls(settings, tenants, clock, metrics)
-        health_servicer = health.aio.HealthServicer()
-        server = cls(settings, node, calls, grpc_server, health_servicer, runner, closers, port)
+        health_servicer = Health(settings.server.max_watchers)
+        server = cls(settings, node, calls, grpc_server, health_servicer, runner, let_go, port)
         try:
             await server._serve()
         except BaseException:
@@ -181,10 +191,22 @@ class NodeServer:
         """Drains: takes nothing new, lets calls finish, flushes memory, closes everything.
 
         All within `server.drain_timeout_s`: calls get two fifths of it to finish, and what is left
-        of them UNAVAILABLE; what the flush has not written when nine tenths are over is lost.
+        of them UNAVAILABLE; what the flush has not written when nine tenths are over is lost. A
+        device that hangs gets `CLOSE_S` more, then its threads are left behind.
         """
         loop = asyncio.get_running_loop()
-        started_s, grace_s = loop.time(), self._settings.server.drain_timeout_s
+        grace_s = self._settings.server.drain_timeout_s
+        end_s = loop.time() + grace_s
+        # What is entered last is done first; whatever fails, all of it is done.
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._close_runner)
+            for close in self._closers:
+                stack.push_async_callback(_finish, close)
+            stack.push_async_callback(self._close_node, end_s)
+            stack.push_async_callback(self._grpc.stop, None)
+            await self._drain(grace_s)
+
+    async def _drain(self, grace_s: float) -> None:
         await self._health.enter_graceful_shutdown()
         self.node.draining = True
         self.calls.drain()
@@ -197,12 +219,26 @@ class NodeServer:
         await asyncio.wait([stopping], timeout=min(LAST_WORDS_S, 0.1 * grace_s))
         await self._grpc.stop(None)
         await stopping
-        await self.node.close(flush_timeout_s=max(0.0, started_s + 0.9 * grace_s - loop.time()))
-        for close in reversed(self._closers):
-            pending = close()
-            if pending is not None:
-                await pending
-        self._runner.close()
+
+    async def _close_node(self, end_s: float) -> None:
+        reserve_s = 0.1 * self._settings.server.drain_timeout_s
+        left_s = end_s - reserve_s - asyncio.get_running_loop().time()
+        await self.node.close(max(0.0, left_s), close_timeout_s=reserve_s + CLOSE_S / 2)
+
+    async def _close_runner(self) -> None:
+        self.hangs = not await self._runner.close(CLOSE_S / 2)
+        if self.hangs:
+            # What they use, above all the directory's lock, is let go of by the process's end.
+            _log.warning("a device does not answer: its threads are left behind")
+            return
+        for let_go in self._let_go:
+            let_go()
+
+
+async def _finish(close: Callable[[], Any]) -> None:
+    pending = close()
+    if pending is not None:
+        await pending
 
 
 async def _slow_tiers(
@@ -211,7 +247,7 @@ async def _slow_tiers(
     clock: Clock,
     metrics: Metrics,
     events: Events,
-    closers: list[Callable[[], Any]],
+    let_go: list[Callable[[], None]],
     guards: list[Guarded],
     wrap: Callable[[Tier], Tier],
 ) -> tuple[Tier | None, DiskTier | None]:
@@ -225,7 +261,7 @@ async def _slow_tiers(
         guards.append(redis)
     if settings.disk.enabled:
         files = DirectoryFiles(settings.disk.path, direct=settings.disk.direct_io)
-        closers.append(files.shut)
+        let_go.append(files.shut)
         tier = await _disk_tier(settings.disk, files, runner, clock, metrics, events)
         disk = _guarded(wrap(tier), settings.disk, clock, metrics)
         guards.append(disk)
@@ -355,7 +391,12 @@ def _calls(settings: Settings, tenants: Tenants, clock: Clock, metrics: Metrics)
         lambda: (admission.calls, admission.inflight_bytes, admission.waiting_calls)
     )
     return Calls(
-        tenants, admission, max_deadline_s=server.max_deadline_s, clock=clock, metrics=metrics
+        tenants,
+        admission,
+        max_deadline_s=server.max_deadline_s,
+        max_watchers=server.max_watchers,
+        clock=clock,
+        metrics=metrics,
     )
 
 

@@ -29,10 +29,15 @@ if TYPE_CHECKING:
 
 MAX_SPACES = 64
 MAX_SCOPES = 16
+MAX_NAMES = 65_536
+"""Names that one match may ask for: each key is one in each space and scope."""
 MAX_ID_BYTES = 32
 KEY_COST_BYTES = 256
 """What one key of a request costs while it is worked on, as an object with its name and place."""
+NAME_COST_BYTES = 512
+"""What one name of a match costs, with what a lease keeps of it."""
 HEAR_OUT_S = 1.0
+BEGIN_S = 5.0
 
 
 class Servicer(kvstore_pb2_grpc.KVStoreServicer):
@@ -68,7 +73,12 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
             keys = unpack_keys(request.keys)
             _check_count("held_blocks", request.held_blocks, 0, len(keys))
             names = len(keys) * len(request.space_ids) * max(len(request.scopes), 1)
-            async with self._calls.admitted(call, KEY_COST_BYTES * names):
+            if names > MAX_NAMES:
+                raise InvalidArgument(
+                    f"keys × space_ids × scopes: at most {MAX_NAMES} in one match, got {names}; "
+                    "send fewer keys, or the spaces in several matches"
+                )
+            async with self._calls.admitted(call, NAME_COST_BYTES * names):
                 matched = await self._node.match(
                     call.tenant,
                     [check_space_id(space_id) for space_id in request.space_ids],
@@ -119,7 +129,7 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         self, request_iterator: AsyncIterator[pb.WriteRequest], context: Context
     ) -> None:
         async with self._calls.call("write", context) as call:
-            first = await anext(request_iterator, None)
+            first = await _first(request_iterator, min(BEGIN_S, call.left_s() / 2))
             if first is None or not first.HasField("begin"):
                 await _hear_out(request_iterator)
                 raise InvalidArgument("begin: the first message of a write must carry it")
@@ -275,6 +285,17 @@ async def _take(incoming: Incoming, pieces: Sequence[pb.Piece]) -> None:
         if piece.HasField("header"):
             await incoming.begin_block(piece.block, piece.header.bytes, piece.header.digest)
         incoming.add(piece.block, piece.data)
+
+
+async def _first(
+    requests: AsyncIterator[pb.WriteRequest], patience_s: float
+) -> pb.WriteRequest | None:
+    """How a write begins. Who opens one and says nothing has one of the places, free of charge."""
+    try:
+        async with asyncio.timeout(patience_s):
+            return await anext(requests, None)
+    except TimeoutError:
+        raise InvalidArgument(f"begin: it did not come within {patience_s:.1f} s") from None
 
 
 async def _hear_out(requests: AsyncIterator[pb.WriteRequest]) -> None:

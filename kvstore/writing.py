@@ -8,6 +8,7 @@ from kvstore.api.errors import InvalidArgument
 from kvstore.api.tier import BlockRef
 from kvstore.metrics import Metrics
 from kvstore.tiers.memory import Slot
+from kvstore.tiers.oblivion import Watch
 from kvstore.tiers.tiered import Tiered
 
 _log = logging.getLogger("kvstore.write")
@@ -46,6 +47,8 @@ class Incoming:
         self._slot: Slot | None = None
         self._parent: Slot | None = None
         """The block above the one that is being written, pinned so that it does not leave."""
+        self._watch: Watch | None = None
+        """That block, where it lies below: whether somebody forgets it."""
         self._digest = b""
         self._filled_bytes = 0
 
@@ -100,23 +103,32 @@ class Incoming:
         if self._slot is not None:
             self._tiers.memory.abort(self._slot)
             self._slot = None
-        if self._parent is not None:
-            self._tiers.memory.unpin(self._parent)
-            self._parent = None
+        self._let_parent_go()
 
     async def _hold_parent(self, parent: BlockRef | None) -> bool:
         """Whether the block above is here; in memory it then stays until its child has come."""
-        if self._parent is not None:
-            self._tiers.memory.unpin(self._parent)
-            self._parent = None
+        self._let_parent_go()
         if parent is None:
             return True
         slot = self._tiers.memory.find(parent)
         if slot is None:
+            self._watch = self._tiers.oblivion.watch([parent])
             [place] = await self._tiers.locate([parent])
             return place is not None
         self._parent = self._tiers.memory.pin(slot)
         return True
+
+    def _let_parent_go(self) -> None:
+        if self._parent is not None:
+            self._tiers.memory.unpin(self._parent)
+        self._parent = self._watch = None
+
+    def _parent_is_gone(self, parent: BlockRef | None) -> bool:
+        """Whether somebody discarded the block above while its child came."""
+        if self._parent is not None:
+            return not self._parent.indexed
+        lost = self._watch is not None and bool(self._watch.lost)
+        return lost and parent is not None and self._tiers.memory.find(parent) is None
 
     def _complete(self, index: int) -> None:
         slot, self._slot, self._current, self._next = self._slot, None, None, index + 1
@@ -128,12 +140,11 @@ class Incoming:
             _log.warning("a block arrived damaged and was not stored")
             self._tiers.memory.abort(slot)
             return
-        if self._parent is not None and not self._parent.indexed:
-            # It was discarded while its child came: without it the child would be of no use.
-            self._tiers.memory.abort(slot)
+        if self._parent_is_gone(self._parents[index]):
+            self._tiers.memory.abort(slot)  # Without it the child would be of no use.
             return
-        self._tiers.memory.commit(slot, self._parents[index], self._digest)
-        self._held[index] = True
+        kept = self._tiers.memory.commit(slot, self._parents[index], self._digest)
+        self._held[index] = kept is not None
 
     def _check_complete(self) -> None:
         if self._current is not None:

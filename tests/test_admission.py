@@ -259,6 +259,7 @@ async def test_one_client_does_not_crowd_out_the_others(nodes: Nodes) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match=r"server\.inflight_bytes_per_client"):
             await call.read()
         assert await load(client, space, keys) == ["memory"] * 4
+    assert await server.calls.finished(PATIENCE_S)
 
 
 async def one_step() -> None:

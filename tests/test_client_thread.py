@@ -18,11 +18,12 @@ from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Block, BlockRef, Load, Tier
 from kvstore.api.v1 import kvstore_pb2 as pb
-from kvstore_client import AsyncClient, Client, Match, RemoteTier
+from kvstore_client import AsyncClient, Client, Match, RemoteTier, remote_tier
 from kvstore_client.loop_thread import LoopThread
 from kvstore_client.remote_tier import chain_runs
 from tests.client_rig import BLOCK_BYTES, PATIENT, descriptor
 from tests.scripted_node import ScriptedNode, block, key, serving
+from tests.sim.clock import ManualClock
 
 
 class NodeThread:
@@ -279,6 +280,66 @@ async def test_a_tier_out_of_reach_is_a_miss() -> None:
             await tier.discard([item.ref])
         with pytest.raises(TierError, match="clear"):
             await tier.clear(one.space_id)
+
+
+class SlowNode(ScriptedNode):
+    """Each of its answers takes two thirds of a budget, on the test's clock."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    async def Locate(self, request: pb.LocateRequest, context: Any) -> pb.LocateReply:
+        await self._clock.advance(PATIENT.match_s * 2 / 3)
+        return await super().Locate(request, context)
+
+    async def Read(self, request: pb.ReadRequest, context: Any) -> AsyncIterator[pb.ReadReply]:
+        await self._clock.advance(PATIENT.load_s * 2 / 3)
+        async for reply in super().Read(request, context):
+            yield reply
+
+    async def Write(
+        self, request_iterator: AsyncIterator[pb.WriteRequest], context: Any
+    ) -> AsyncIterator[pb.WriteReply]:
+        await self._clock.advance(PATIENT.store_s * 2 / 3)
+        async for reply in super().Write(request_iterator, context):
+            yield reply
+
+
+async def test_all_runs_of_a_batch_share_one_budget() -> None:
+    """A batch of many roots takes no longer than one; who is late stands for the rest."""
+    clock, one = ManualClock(), descriptor()
+    batch = [a_block(one, number, None) for number in range(6)]
+    node = SlowNode(clock)
+    async with (
+        serving(node) as (endpoint, _),
+        AsyncClient(endpoint, budgets=PATIENT, clock=clock) as client,
+    ):
+        await client.open_space(one)
+        assert await RemoteTier(client, [one]).store(batch) == [True] + [False] * 5
+        assert node.calls["Write"] == 2
+        assert client.counters == {"store_late": 2}
+
+
+async def test_all_messages_of_a_batch_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit one message is asked for in the time that the first has left."""
+    monkeypatch.setattr(remote_tier, "MAX_KEYS", 1)
+    clock, one = ManualClock(), descriptor()
+    batch = [a_block(one, number, None) for number in range(6)]
+    node = SlowNode(clock)
+    node.blocks = {(b.ref.namespace, b.ref.key): (bytes(b.data), b.digest) for b in batch}
+    async with (
+        serving(node) as (endpoint, _),
+        AsyncClient(endpoint, budgets=PATIENT, clock=clock) as client,
+    ):
+        await client.open_space(one)
+        tier = RemoteTier(client, [one])
+        places = await tier.locate([item.ref for item in batch])
+        loads = [Load(item.ref, memoryview(bytearray(BLOCK_BYTES))) for item in batch]
+        loaded = [answer is not None for answer in await tier.load(loads)]
+        assert places == ["memory"] * 2 + [None] * 4
+        assert loaded == [True] * 2 + [False] * 4
+        assert (node.calls["Locate"], node.calls["Read"]) == (2, 2)
 
 
 @given(st.lists(st.integers(min_value=-1, max_value=30), max_size=30))

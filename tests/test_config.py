@@ -82,6 +82,7 @@ BAD: dict[tuple[str, str], list[str]] = {
     ("disk", "direct_io"): ["perhaps", "2"],
     ("server", "max_message_bytes"): ["1MiB", "65 MiB", "many"],
     ("server", "max_concurrent_calls"): ["0", "65537", "1.5", "x"],
+    ("server", "max_watchers"): ["0", "65536", "1.5", "513"],
     ("server", "max_data_calls"): ["0", "2048", "x"],
     ("server", "inflight_bytes"): ["0", "3 MiB", "much"],
     ("server", "inflight_bytes_per_client"): ["0", "3 MiB", "1 GiB"],

@@ -458,18 +458,22 @@ async def test_a_volume_smaller_than_the_capacity_is_used_like_a_smaller_capacit
     taken = 0
     for number in range(60):
         blocks = chain(f"{number}", 4)
-        await attempt(tier.store(blocks))
+        await tier.store(blocks)
         taken += all(await present(tier, blocks))
         tier.check()
+        if number % 20 == 10:  # Sealed with hardly anything in it: its room is not enough.
+            await close(rig, files, tier)
+            tier = await small(rig, files)
     assert files.injected["enospc"] > 0
-    assert taken > 30
+    assert taken > 50
+    assert await tier.discard([block.ref for block in blocks]) == 4
     assert not any(await present(tier, chain("0", 4)))
     kill(rig, files, tier)
     await serves(await small(rig, files), "restarted", 1)
 
 
-async def test_a_device_that_never_has_room_costs_one_segment(rig: Rig) -> None:
-    """Where making room does not help, what is there stays."""
+async def test_a_device_that_never_has_room_costs_two_segments(rig: Rig) -> None:
+    """Where making room does not help, what else is there stays."""
     files = SimulatedFiles()
     tier = await small(rig, files)
     await serves(tier, "before", 12)
@@ -477,7 +481,7 @@ async def test_a_device_that_never_has_room_costs_one_segment(rig: Rig) -> None:
     files.fault = FailAlways(errno.ENOSPC, ["write"])
     for number in range(30):
         await attempt(tier.store(chain(f"{number}", 4)))
-    assert before - set(segment_ids(files.names())) == {min(before)}
+    assert before - set(segment_ids(files.names())) <= set(sorted(before)[:3])
     files.fault = None
     await serves(tier, "after", 12)
 
@@ -609,7 +613,9 @@ async def test_a_crash_of_the_machine_anywhere_is_survived(rig: Rig, rng: random
         promised = promises(tier, safe)
         rig.gone(tier)
         files.crash(rng)
-        before, full = set(files.names()), files.total_bytes + TINY_SEGMENT > TINY_CAPACITY
+        # The open segment gets a footer at the start, which takes two pages more.
+        needed_bytes = files.total_bytes + 2 * PAGE_BYTES + TINY_SEGMENT
+        before, full = set(files.names()), needed_bytes > TINY_CAPACITY
         tier = await tiny(rig, files)
         tier.check()
         await load_all(tier, of_their_length(tier, everything()))

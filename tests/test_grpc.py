@@ -3,6 +3,7 @@
 import asyncio
 import random
 import socket
+import threading
 import tracemalloc
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -14,12 +15,13 @@ import pytest
 import redis as sync_redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvstore.api.errors import ConfigError, Unauthenticated, Unavailable
+from kvstore.api.errors import ConfigError, ResourceExhausted, Unauthenticated, Unavailable
 from kvstore.api.keys import KEY_BYTES
 from kvstore.api.tier import BlockRef
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1.kvstore_pb2_grpc import KVStoreStub
 from kvstore.api.wire import MAX_KEYS, MESSAGE_BYTES, descriptor_to_wire, pack_keys
+from kvstore.calls import WATCHERS_PER_CLIENT
 from kvstore.files import PAGE_BYTES
 from kvstore.names import block_name, namespace
 from kvstore.server import REDIS_CONNECTIONS, SERVICE, NodeServer
@@ -623,6 +625,7 @@ async def test_too_many_keys_are_refused(server: NodeServer, stub: "KVStoreAsync
     most, many = bytes(KEY_BYTES * MAX_KEYS), bytes(KEY_BYTES * (MAX_KEYS + 1))
     space = SPACE.space_id
     assert len((await stub.Locate(pb.LocateRequest(space_id=space, keys=most))).tiers) == MAX_KEYS
+    assert (await stub.Match(pb.MatchRequest(space_ids=[space], keys=most))).matched_blocks == 0
     await refused(stub.Match(pb.MatchRequest(space_ids=[space], keys=many)), INVALID, "keys")
     await refused(stub.Locate(pb.LocateRequest(space_id=space, keys=many)), INVALID, "keys")
     await refused(stub.Read(pb.ReadRequest(space_id=space, keys=many)).read(), INVALID, "keys")
@@ -663,6 +666,10 @@ async def test_other_limits_of_requests(server: NodeServer, stub: "KVStoreAsyncS
         (pb.MatchRequest(space_ids=[space], keys=keys, scopes=["a/b"]), "scope"),
         (pb.MatchRequest(space_ids=[space], keys=keys, request_id=b"r" * 33), "request_id"),
         (pb.MatchRequest(space_ids=[space], keys=keys, held_blocks=3), "held_blocks"),
+        (
+            pb.MatchRequest(space_ids=[space] * 64, keys=bytes(KEY_BYTES * 1000), scopes=["s"] * 2),
+            "keys × space_ids × scopes: at most 65536 in one match, got 128000",
+        ),
     ]
     for request, word in bad:
         await refused(stub.Match(request), INVALID, word)
@@ -674,14 +681,71 @@ async def test_other_limits_of_requests(server: NodeServer, stub: "KVStoreAsyncS
 
 async def test_calls_beyond_the_limit_are_shed(nodes: Nodes) -> None:
     """A node that is busy says so at once, and serves again when a call has ended."""
-    server = await nodes.start(server={"max_concurrent_calls": 2, "max_data_calls": 1})
-    client = nodes.connect(server)
-    watchers = [await client.watch() for _ in range(2)]
+    limits = {"max_concurrent_calls": 3, "max_data_calls": 1, "max_watchers": 1}
+    server = await nodes.start(server=limits)
+    watcher = await nodes.connect(server).watch()
     async with raw_channel(server) as channel:
-        status = KVStoreStub(channel).Status(pb.StatusRequest())
-        await refused(status, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        stub, health = KVStoreStub(channel), health_pb2_grpc.HealthStub(channel)
+        listening = health.Watch(health_pb2.HealthCheckRequest())
+        await listening.read()
+        silent = stub.Write()
+        await silent.wait_for_connection()
+        await refused(stub.Status(pb.StatusRequest()), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        silent.cancel()
+        await served_again(stub)
+        listening.cancel()
+    await watcher.aclose()
+
+
+async def served_again(stub: "KVStoreAsyncStub") -> None:
+    """Returns once the node has a place for one more call."""
+    while True:
+        try:
+            await stub.Status(pb.StatusRequest())
+        except grpc.aio.AioRpcError:
+            continue
+        return
+
+
+async def test_watchers_leave_room_for_everybody_else(nodes: Nodes) -> None:
+    """Of calls that never end there are few; one too many is told which limit it met."""
+    limits = {"max_concurrent_calls": 8, "max_data_calls": 1, "max_watchers": 3}
+    server = await nodes.start(server=limits)
+    watchers = [await nodes.connect(server).watch() for _ in range(3)]
+    async with raw_channel(server) as channel:
+        stub, health = KVStoreStub(channel), health_pb2_grpc.HealthStub(channel)
+        exhausted = grpc.StatusCode.RESOURCE_EXHAUSTED
+        await refused(stub.Watch(pb.WatchRequest()).read(), exhausted, "server.max_watchers")
+        ask = health_pb2.HealthCheckRequest()
+        listening = [health.Watch(ask) for _ in range(3)]
+        for call in listening:
+            assert (await call.read()).status == health_pb2.HealthCheckResponse.SERVING
+        await refused(health.Watch(ask).read(), exhausted, "server.max_watchers")
+        assert (await stub.Status(pb.StatusRequest())).node_id == server.node.node_id
+        for call in listening:
+            call.cancel()
     for watcher in watchers:
         await watcher.aclose()
+
+
+async def test_one_connection_has_few_watchers(nodes: Nodes) -> None:
+    """What one engine may watch is bounded for itself."""
+    server = await nodes.start()
+    client = nodes.connect(server)
+    watchers = [await client.watch() for _ in range(WATCHERS_PER_CLIENT)]
+    with pytest.raises(ResourceExhausted, match="of this connection"):
+        await anext(await client.watch())
+    async with raw_channel(server) as channel:
+        another = KVStoreStub(channel).Watch(pb.WatchRequest())
+        assert await another.initial_metadata() is not None
+        another.cancel()
+    for watcher in watchers:
+        await watcher.aclose()
+
+
+async def test_a_write_that_says_nothing_loses_its_place(stub: "KVStoreAsyncStub") -> None:
+    """Nobody holds one of the places for calls by opening a stream and keeping silent."""
+    await refused(stub.Write(timeout=0.4).read(), INVALID, "begin: it did not come within 0.2 s")
 
 
 # Tenants.
@@ -807,6 +871,46 @@ async def test_scopes_are_apart_and_searched_in_order(nodes: Nodes, server: Node
     assert await load(client, space, keys, scopes=["team", ""]) == [None] * 6
 
 
+async def test_a_device_that_hangs_does_not_hold_up_the_end(nodes: Nodes) -> None:
+    """Its threads cannot be ended: they are left behind, and who started the node hears of it."""
+    server = await nodes.start(server={"drain_timeout_s": 0.1, "metrics_listen": "127.0.0.1:0"})
+    answer = threading.Event()
+    hanging = asyncio.create_task(server._runner.run(answer.wait))
+    await settle()
+    async with asyncio.timeout(30):
+        await nodes.stop(server)
+    assert server.hangs
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(scrape, server.metrics_endpoint)
+    answer.set()
+    assert await hanging
+
+
+async def test_what_fails_in_a_drain_keeps_nothing_open(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is flushed; directory, threads and ports are let go of all the same."""
+    server = await nodes.start(server={"metrics_listen": "127.0.0.1:0"})
+    client, space = await opened(nodes, server)
+    keys = keys_of("chain", 6)
+    await store(client, space, keys)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server.calls, "drain", fail)
+    with pytest.raises(ZeroDivisionError):
+        await nodes.stop(server)
+    assert not server.hangs
+    with pytest.raises(Unavailable):
+        await client.status()
+    with pytest.raises(OSError, match="refused"):
+        await asyncio.to_thread(scrape, server.metrics_endpoint)
+    server = await nodes.start()
+    client, space = await opened(nodes, server)
+    assert await load(client, space, keys) == ["disk"] * 6
+
+
 # Forgetting.
 
 
@@ -898,7 +1002,7 @@ async def test_status_adds_up(nodes: Nodes, redis_url: str) -> None:
     match = await client.match([space], keys[:4], lease_ms=60_000)
     status = await client.status()
     assert (status.node_id, status.draining, status.spaces, status.leases) == ("node", False, 1, 1)
-    assert status.leased_bytes == 4 * space.block_bytes
+    assert status.leased_bytes == 4 * server.node.tiers.memory.share_bytes(space.block_bytes)
     tiers = {tier.name: tier for tier in status.tiers}
     assert set(tiers) == {"memory", "redis", "disk"}
     assert tiers["memory"].capacity_bytes == SMALL_MEMORY["capacity_bytes"]

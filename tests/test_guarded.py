@@ -30,6 +30,7 @@ class Gated:
         self.tier = Guarded(
             self.inner, lookup_timeout_s=timeout_s, timeout_s=timeout_s,
             clock=rig.clock, metrics=rig.metrics, queue_bytes=queue_bytes,
+            clear_timeout_s=2 * timeout_s,
         )  # fmt: skip
         self.inner.before = self._wait
 
@@ -154,8 +155,16 @@ async def test_a_probe_that_is_cancelled_lets_another_try(rig: Rig) -> None:
 async def test_oblivion_has_a_deadline_too(rig: Rig) -> None:
     """Who discards is told that it could not be done in time."""
     gated = Gated(rig, queue_bytes=SIZE, timeout_s=0.01)
-    with pytest.raises(TierError, match="no answer"):
+    with pytest.raises(TierError, match=r"within 0[.]01 s"):
         await gated.tier.discard(REFS)
+
+
+async def test_to_clear_has_a_longer_deadline(rig: Rig) -> None:
+    """It looks through all that the tier holds; who clears is told that it took too long."""
+    gated = Gated(rig, queue_bytes=SIZE, timeout_s=0.01)
+    async with asyncio.timeout(10):
+        with pytest.raises(TierError, match=r"within 0[.]02 s"):
+            await gated.tier.clear(REFS[0].namespace)
 
 
 def test_a_breaker_lets_one_a_second_try() -> None:

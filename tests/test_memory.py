@@ -11,6 +11,7 @@ from kvstore.api.tier import Block, BlockRef, Load
 from kvstore.policy.policies import make_policy
 from kvstore.policy.policy import Use
 from kvstore.tiers.arena import Arena
+from kvstore.tiers.lineage import Member, with_descendants
 from kvstore.tiers.memory import Memory, Slot
 from kvstore.tiers.slabs import PAGE_BYTES
 from tests.sim.blocks import block_of, chain_of, keys_of, load_all, namespace_of, present
@@ -31,7 +32,35 @@ def put(memory: Memory, block: Block) -> Slot:
     slot = memory.reserve(block.ref, len(block.data))
     assert slot is not None
     slot.view[:] = block.data
-    return memory.commit(slot, block.parent, block.digest)
+    kept = memory.commit(slot, block.parent, block.digest)
+    assert kept is not None
+    return kept
+
+
+async def test_a_block_is_not_its_own_ancestor(rig: Rig) -> None:
+    """Whoever makes such a circle of names up gets no place, over however many blocks it goes."""
+    memory = rig.memory(8)
+    blocks = chain(count=4)
+    for block in blocks[1:]:
+        put(memory, block)
+    [head] = blocks[:1]
+    for parent in (head.ref, blocks[1].ref, blocks[3].ref):
+        assert await memory.store([head._replace(parent=parent)]) == [False]
+        assert memory.find(head.ref) is None
+        memory.check()
+    assert await memory.store([head]) == [True]
+    assert memory.forget([memory._index[head.ref]]) == 4
+
+
+async def test_who_waits_for_a_discarded_parent_goes_with_it(rig: Rig) -> None:
+    """Also where the parent lies elsewhere; the same for all parents of a namespace."""
+    memory = rig.memory(16)
+    orphans, others = chain("orphans", 3)[1:], chain("others", 2)
+    for forget in (memory.discard([chain("orphans", 1)[0].ref]), memory.clear(MINE)):
+        await memory.store([*orphans, *others])
+        assert await forget >= 2
+        assert await present(memory, orphans) == [False] * 2
+    assert await present(memory, others) == [False] * 2
 
 
 async def test_the_coldest_leave_when_it_is_full(rig: Rig) -> None:
@@ -143,6 +172,20 @@ async def test_victims_are_of_the_class_that_needs_room(rig: Rig) -> None:
     assert [slot.ref for slot in victims] == [block.ref for block in reversed(small)][:3]
 
 
+async def test_of_tiny_blocks_no_more_are_remembered_than_could_be_here(rig: Rig) -> None:
+    """Each takes a page, and as a page it counts with the policy: asked for as well as written."""
+    memory = rig.memory(8)
+    asked = [BlockRef(MINE, key) for key in keys_of("asked", 1000)]
+    for start in range(0, len(asked), 10):
+        memory.use(Use(asked[start : start + 10], 0.0, block_bytes=1))
+    pages = memory.capacity_bytes // PAGE_BYTES
+    assert sum(ref in memory._policy for ref in asked) == pages
+    await memory.store(chain_of("tiny", 10 * pages, MINE, 1))
+    memory.use(Use(asked[:10], 0.0, block_bytes=1))
+    assert sum(ref in memory._policy for ref in asked) <= pages
+    assert len(memory.slots()) == pages
+
+
 async def test_a_slab_changes_its_class_when_it_must(rig: Rig) -> None:
     """A size that has no slab empties that of the coldest block."""
     memory = rig.memory(8)
@@ -212,6 +255,47 @@ async def test_who_forgets_a_block_forgets_what_descends_from_it(rig: Rig) -> No
     assert_idle(memory)
 
 
+@pytest.mark.parametrize("whole_namespace", [False, True])
+async def test_who_forgets_a_block_that_is_not_here_forgets_who_waits_for_it(
+    rig: Rig, whole_namespace: bool
+) -> None:
+    """Its children here, also those of another namespace, and all that descends from them."""
+    memory = rig.memory(8)
+    head, *tail = chain(count=2)
+    theirs = block_of(BlockRef(namespace_of("theirs"), b"t" * 32), tail[0].ref, SIZE)
+    foreign = block_of(BlockRef(namespace_of("theirs"), b"f" * 32), head.ref, SIZE)
+    other = chain("other", 1)[0]._replace(ref=BlockRef(namespace_of("theirs"), b"o" * 32))
+    await memory.store([*tail, theirs, foreign, other])
+    copies = await (memory.clear(MINE) if whole_namespace else memory.discard([head.ref]))
+    assert copies == 3
+    here = [*tail, theirs, foreign, other]
+    assert await memory.locate([block.ref for block in here]) == [None] * 3 + ["memory"]
+    assert_idle(memory)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+async def test_no_block_descends_from_itself(rig: Rig, length: int) -> None:
+    """Whoever would close a circle of parents is refused; his slot is free, the others stay."""
+    memory = rig.memory(8)
+    blocks = chain(count=length)
+    await memory.store(blocks[1:])
+    first = blocks[0]._replace(parent=blocks[-1].ref)
+    assert await memory.store([first]) == [False]
+    memory.check()
+    assert await present(memory, blocks) == [False] + [True] * (length - 1)
+    assert_idle(memory)
+    assert await memory.store(blocks[:1]) == [True]
+    assert await memory.discard([blocks[0].ref]) == length
+
+
+def test_members_of_a_circle_are_named_once() -> None:
+    """Even where somebody made one, its walk comes to an end."""
+    one, two = Member(), Member()
+    one.adopt(two)
+    two.adopt(one)
+    assert set(with_descendants([one])) == {one, two}
+
+
 async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> None:
     """Every plain decision at random, several sizes, pins that outlive their block: all counted.
 
@@ -238,7 +322,9 @@ async def test_random_use_follows_the_model(rig: Rig, rng: random.Random) -> Non
         elif what in ("commit", "abort") and reserved:
             slot, block = reserved.pop(rng.randrange(len(reserved)))
             if what == "commit":
-                assert memory.commit(slot, block.parent, block.digest).view == block.data
+                kept = memory.commit(slot, block.parent, block.digest)
+                assert kept is not None
+                assert kept.view == block.data
             else:
                 memory.abort(slot)
         elif what == "pin" and here is not None and len(pins) < 10:

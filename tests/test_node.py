@@ -10,26 +10,30 @@ from typing import Any
 import pytest
 
 from kvstore.api.digest import block_digest
-from kvstore.api.errors import InvalidArgument, ResourceExhausted, Shed, UnknownSpace
+from kvstore.api.errors import InvalidArgument, Shed, UnknownSpace
 from kvstore.api.hint import MAX_RETURN_MS, Reuse, ReuseHint
 from kvstore.api.space import MatchRule, SpaceDescriptor
 from kvstore.api.tier import BlockRef
 from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
 from kvstore.leases import Lease, LeaseTable
 from kvstore.matching import longest_match, needed
-from kvstore.node import EXPIRY_PERIOD_S, Matched, Node
+from kvstore.node import EXPIRY_PERIOD_S, MAX_SPACES, NAMESPACES, Matched, Node
 from kvstore.policy.policy import Use
 from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.slabs import PAGE_BYTES
 from kvstore.tiers.tiered import Tiered
 from tests.sim.blocks import data_of, keys_of
 from tests.sim.clock import settle
 from tests.sim.faulty import Faulty
 from tests.sim.nodes import BLOCK_BYTES, descriptor_of
 from tests.sim.rig import Rig, assert_idle, quiet
+from tests.sim.runner import GatedRunner
 
 ACME, RIVAL = Tenant("acme"), Tenant("rival")
 SLOTS = 16
+SLOT_BYTES = 2 * PAGE_BYTES
+"""What a block takes in memory."""
 MAX_LEASE_S = 30.0
 
 
@@ -39,7 +43,7 @@ class Store:
     def __init__(self, rig: Rig, disk: DiskTier, leased_blocks: int, slots: int) -> None:
         self.slow = Faulty(disk)
         self.tiers = Tiered(rig.memory(slots), self.slow, rig.metrics)
-        self.leases = rig.check(LeaseTable(leased_blocks * BLOCK_BYTES))
+        self.leases = rig.check(LeaseTable(leased_blocks * SLOT_BYTES))
         self.node = Node(
             node_id="node",
             secret=bytes(32),
@@ -122,10 +126,16 @@ async def store(rig: Rig) -> AsyncIterator[Store]:
     await quiet(store.tiers)
 
 
-async def test_a_block_whose_parent_is_discarded_while_it_comes_is_not_kept(store: Store) -> None:
+@pytest.mark.parametrize("place", ["memory", "disk"])
+async def test_a_block_whose_parent_is_discarded_while_it_comes_is_not_kept(
+    store: Store, place: str
+) -> None:
     """Nobody could match it. What follows it in the run passes by as well."""
     keys = keys_of("chain", 3)
     await store.store(keys[:1])
+    if place == "disk":
+        await store.press()
+    assert store.in_memory(keys[:1]) == [place == "memory"]
     incoming = await store.node.write(ACME, "", store.space_id, keys)
     for index in incoming.wanted:
         data = data_of(BlockRef(store.space_id, keys[index]), BLOCK_BYTES)
@@ -138,6 +148,18 @@ async def test_a_block_whose_parent_is_discarded_while_it_comes_is_not_kept(stor
     incoming.close()
     assert incoming.held == [0]
     assert store.in_memory(keys) == [False] * 3
+
+
+async def test_a_caller_who_makes_a_block_its_own_ancestor_is_refused(store: Store) -> None:
+    """He holds nothing of what he wrote, and memory goes on making room."""
+    first, second, third = keys_of("chain", 3)
+    await store.store([first, second])
+    [slot] = [s for s in store.tiers.memory.slots() if s.ref.key == first]
+    store.tiers.memory.evict(slot)
+    assert await store.store([first], parent_key=second) == []
+    assert await store.store([third], parent_key=first) == []
+    await store.press()
+    assert await store.store([first]) == [0]
 
 
 # The rules of a match.
@@ -263,6 +285,18 @@ async def test_blocks_that_the_caller_holds_count_and_are_not_leased(store: Stor
     assert (await store.match(keys_of("absent", 5), held_blocks=3, lease_s=0)).blocks == 3
 
 
+async def test_blocks_that_the_caller_holds_are_not_counted_as_found(
+    rig: Rig, store: Store
+) -> None:
+    """A hit rate is what the store contributed; what it was not asked for is no part of it."""
+    keys = keys_of("chain", 10)
+    await store.store(keys[:6])
+    await store.match(keys, held_blocks=4)
+    assert (rig.counted("asked_blocks"), rig.counted("matched_blocks")) == (6, 2)
+    await store.match(keys_of("absent", 5), held_blocks=5)
+    assert (rig.counted("asked_blocks"), rig.counted("matched_blocks")) == (6, 2)
+
+
 # Leases.
 
 
@@ -339,15 +373,32 @@ async def test_leased_bytes_are_capped(store: Store) -> None:
     await store.store(two)
     first = await store.match(one)
     second = await store.match(two)
-    assert store.leases.leased_bytes == 8 * BLOCK_BYTES == store.leases.capacity_bytes
+    assert store.leases.leased_bytes == 8 * SLOT_BYTES == store.leases.capacity_bytes
     assert [(run.blocks, run.leased) for run in second.runs[0]] == [(2, True), (4, False)]
     third = await store.match(two)
     assert [(run.blocks, run.leased) for run in third.runs[0]] == [(6, False)]
+    assert third.lease is None
+    assert await store.read(two, matched=second) == ["memory"] * 6
     assert first.lease is not None
     store.node.release(ACME, first.lease.lease_id)
-    assert store.leases.leased_bytes == 2 * BLOCK_BYTES
+    assert store.leases.leased_bytes == 2 * SLOT_BYTES
     await store.press()
     assert store.in_memory(two[:2]) == [True] * 2
+
+
+@pytest.mark.parametrize(("block_bytes", "leased"), [(100, 16), (4097, 8), (20_000, 2)])
+async def test_a_leased_block_is_charged_what_it_takes_of_memory(
+    store: Store, block_bytes: int, leased: int
+) -> None:
+    """Its slot, and its part of what the slots leave unused of a slab: others have the rest."""
+    space_id = store.node.open_space(descriptor_of(block_bytes))
+    keys = keys_of("chain", 20)
+    assert len(await store.store(keys, space_id=space_id)) == 20
+    matched = await store.match(keys, spaces=[space_id])
+    assert matched.lease is not None
+    assert len(matched.lease.held) == leased
+    assert store.leases.leased_bytes == store.leases.capacity_bytes
+    assert len(await store.store(keys_of("others", SLOTS))) == SLOTS
 
 
 async def test_the_same_request_gets_its_lease_again(rig: Rig, store: Store) -> None:
@@ -364,7 +415,7 @@ async def test_the_same_request_gets_its_lease_again(rig: Rig, store: Store) -> 
     other = await store.match(keys[:3], request_id=b"request")
     assert other.lease is not None
     assert other.lease.lease_id != first.lease.lease_id
-    assert (len(store.leases), store.leases.leased_bytes) == (1, 3 * BLOCK_BYTES)
+    assert (len(store.leases), store.leases.leased_bytes) == (1, 3 * SLOT_BYTES)
     assert len({(await store.match(keys, request_id=b"")).lease for _ in range(2)}) == 2
 
 
@@ -386,7 +437,7 @@ async def test_the_same_request_at_the_same_time_gets_one_lease(store: Store) ->
     leases = {matched.lease for matched in await asyncio.gather(*matches)}
     assert len(leases) == 1
     assert len(store.leases) == 1
-    assert store.leases.leased_bytes == 4 * BLOCK_BYTES
+    assert store.leases.leased_bytes == 4 * SLOT_BYTES
 
 
 async def test_an_expired_lease_is_not_given_again(rig: Rig, store: Store) -> None:
@@ -456,6 +507,178 @@ async def test_a_lease_that_ends_during_its_promotion_leaves_no_pin(store: Store
     assert store.in_memory(keys) == [True] * 4
 
 
+async def test_a_lease_names_no_more_than_it_has_room_for(store: Store) -> None:
+    """So its own size is bounded too. A repetition gets the same answer, and all is delivered."""
+    keys = keys_of("chain", 12)
+    await store.store(keys)
+    await store.press()
+    first = await store.match([*keys, *keys_of("absent", 1000)], request_id=b"request")
+    lease = first.lease
+    assert lease is not None
+    assert (first.blocks, len(lease.wants[0]), len(lease.tiers)) == (12, 8, 8)
+    assert len(lease.asked) == 32
+    again = await store.match([*keys, *keys_of("absent", 1000)], request_id=b"request")
+    assert again.lease is lease
+    assert [(run.blocks, run.tier, run.leased) for run in again.runs[0]] == [
+        (8, "disk", True), (4, "disk", False),
+    ]  # fmt: skip
+    assert await store.read(keys, matched=first) == ["disk"] * 12
+
+
+async def test_too_many_leases_of_one_tenant_are_not_granted(rig: Rig, store: Store) -> None:
+    """The answer comes without one; other tenants get theirs, until the node has too many."""
+    table = LeaseTable(8 * SLOT_BYTES, max_leases=3, max_leases_per_tenant=2)
+    store.leases = store.node.leases = rig.check(table)
+    keys = keys_of("chain", 1)
+    for tenant in (ACME, RIVAL):
+        await store.store(keys, tenant=tenant)
+    mine = [await store.match(keys) for _ in range(3)]
+    assert [(each.blocks, each.lease is not None) for each in mine] == [
+        (1, True), (1, True), (1, False),
+    ]  # fmt: skip
+    theirs = [await store.match(keys, tenant=RIVAL) for _ in range(2)]
+    assert [each.lease is not None for each in theirs] == [True, False]
+    assert mine[0].lease is not None
+    store.node.release(ACME, mine[0].lease.lease_id)
+    assert (await store.match(keys, tenant=RIVAL)).lease is not None
+    assert (await store.match(keys)).lease is None
+
+
+# Long matches.
+
+
+@pytest.fixture
+def short_slices(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Chains of a few blocks are long ones."""
+    monkeypatch.setattr("kvstore.finding.SLICE_BLOCKS", 4)
+    return 4
+
+
+async def test_others_run_between_the_parts_of_a_long_match(
+    store: Store, short_slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between lookups, between spaces, and while the policy is told: of the tail first."""
+    other = store.node.open_space(descriptor_of(numerics="other"))
+    keys = keys_of("chain", 10)
+    await store.store(keys, scope="shared")
+    await store.store(keys[:7], space_id=other)
+    steps: list[int] = []
+    told: list[list[BlockRef]] = []
+
+    def step(refs: Sequence[BlockRef]) -> None:
+        steps[-1] += len(refs)
+
+    async def look(refs: Sequence[BlockRef]) -> list[str | None]:
+        step(refs)
+        return await locate(refs)
+
+    def use(use: Use[BlockRef]) -> None:
+        step(use.chain)
+        told.append(list(use.chain))
+
+    async def others() -> None:
+        while True:
+            steps.append(0)
+            await asyncio.sleep(0)
+
+    locate = store.tiers.memory.locate
+    monkeypatch.setattr(store.tiers.memory, "locate", look)
+    monkeypatch.setattr(store.tiers.memory, "use", use)
+    running = asyncio.create_task(others())
+    await settle()
+    matched = await store.match(keys, spaces=[store.space_id, other], scopes=("", "shared"))
+    running.cancel()
+    assert matched.blocks == 7
+    assert max(steps) == short_slices
+    shared, private = (
+        store.node.refs(ACME, scope, store.space_id, keys) for scope in ("shared", "")
+    )
+    assert told[:3] == [shared[8:], shared[4:8], shared[:4]]
+    assert not set(private) & {ref for chain in told for ref in chain}
+    assert sum(map(len, told[3:])) == 10
+
+
+@pytest.mark.parametrize("rule", list(MatchRule))
+async def test_a_long_match_finds_what_a_short_one_does(
+    store: Store, rule: MatchRule, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the slices: with gaps, scopes, held blocks, and over several spaces."""
+    one, two = (store.node.open_space(rules(each, 3)) for each in (rule, MatchRule.ALL))
+    keys = keys_of("chain", 14)
+    for space_id in (one, two):
+        await store.store(keys, space_id=space_id)
+        await store.store(keys[:5], space_id=space_id, scope="shared")
+    for _ in range(20):
+        gone = store.node.refs(ACME, "", rng.choice([one, two]), [rng.choice(keys)])
+        await store.tiers.discard(gone)
+        await store.store(keys[: rng.randint(1, 14)], space_id=two)
+        question: dict[str, Any] = {
+            "spaces": rng.sample([one, two], rng.randint(1, 2)),
+            "held_blocks": rng.choice([0, 0, rng.randrange(14)]),
+            "scopes": rng.choice([(), ("shared", ""), ("", "shared")]),
+        }
+        lengths = set()
+        for size in (1000, 1, 3, 14):
+            monkeypatch.setattr("kvstore.finding.SLICE_BLOCKS", size)
+            matched = await store.match(keys, **question)
+            lengths.add(matched.blocks)
+            assert all(sum(run.blocks for run in runs) in lengths for runs in matched.runs)
+            if matched.lease is not None:
+                store.node.release(ACME, matched.lease.lease_id)
+        assert len(lengths) == 1
+        assert_idle(store.tiers.memory)
+
+
+async def test_when_time_is_up_a_long_match_answers_what_memory_has(
+    store: Store, short_slices: int
+) -> None:
+    """It looks at the clock before each slice; slower tiers are then asked no more."""
+    cold = keys_of("cold", 12)
+    await store.store(cold)
+    await store.press()
+    store.slow.asked.clear()
+    times = iter([1.0])
+    matched = await store.match(cold, lease_s=0, left_s=lambda: next(times, -1.0))
+    assert matched.blocks == short_slices
+    refs = store.node.refs(ACME, "", store.space_id, cold)
+    assert [store.slow.asked["locate", ref] > 0 for ref in refs] == [True] * 4 + [False] * 8
+
+
+@pytest.mark.parametrize("released", [True, False])
+async def test_a_match_that_ends_while_its_lease_is_granted_leaves_no_pin(
+    store: Store, short_slices: int, released: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller has gone, or somebody released the lease, between two slices of its pins."""
+    keys = keys_of("chain", 8)
+    await store.store(keys)
+    granted, grant = asyncio.Event(), store.leases.grant
+
+    def note(lease: Lease) -> bool:
+        granted.set()
+        return grant(lease)
+
+    monkeypatch.setattr(store.leases, "grant", note)
+    match = asyncio.create_task(store.match(keys, request_id=b"request"))
+    await granted.wait()
+    lease = store.leases.of_request(ACME.name, b"request")
+    assert lease is not None
+    assert len(lease.held) == short_slices
+    if released:
+        again = await store.node.match(
+            ACME, [store.space_id], keys, (), lease_s=10.0, request_id=b"request"
+        )
+        assert (again.blocks, again.lease) == (8, lease)
+        store.node.release(ACME, lease.lease_id)
+        matched = await match
+        assert (matched.blocks, matched.lease) == (8, None)
+        assert not any(run.leased for run in matched.runs[0])
+    else:
+        match.cancel()
+        await asyncio.wait([match])
+    assert (len(store.leases), store.leases.leased_bytes) == (0, 0)
+    assert_idle(store.tiers.memory)
+
+
 async def test_leases_follow_their_model(rng: random.Random) -> None:
     """Random grants, reservations and ends, against plain sums."""
     table = LeaseTable(1000)
@@ -468,12 +691,12 @@ async def test_leases_follow_their_model(rng: random.Random) -> None:
             assert table.end(lease) == []
         else:
             name = str(next(names)).encode()
-            lease = Lease(name, "acme", name, rng.random(), (), 0, [])
+            lease = Lease(name, "acme", name, rng.random(), b"", 0)
             table.grant(lease)
             live.append(lease)
-            size = rng.randrange(300)
-            fits = sum(each.reserved_bytes for each in live) + size <= 1000
-            assert table.reserve(lease, size) == fits
+            size, count = rng.randrange(1, 300), rng.randrange(4)
+            left = 1000 - sum(each.reserved_bytes for each in live)
+            assert table.reserve(lease, size, count) == min(count, left // size)
         assert len(table) == len(live)
         assert table.leased_bytes == sum(lease.reserved_bytes for lease in live)
         table.check()
@@ -704,7 +927,7 @@ async def test_a_watcher_that_does_not_keep_up_loses_the_oldest() -> None:
 
 
 async def test_spaces_are_opened_within_limits(store: Store) -> None:
-    """Idempotently, not larger than memory can take, and not without end."""
+    """Idempotently, and not larger than memory can take."""
     descriptor = descriptor_of(numerics="other")
     assert store.node.open_space(descriptor) == store.node.open_space(descriptor)
     assert len(store.node.spaces) == 2
@@ -712,10 +935,36 @@ async def test_spaces_are_opened_within_limits(store: Store) -> None:
         store.node.open_space(descriptor_of(block_bytes=1 << 20))
     with pytest.raises(UnknownSpace, match="OpenSpace"):
         store.node.space(bytes(32))
-    with pytest.raises(ResourceExhausted):
-        for number in range(5000):
-            store.node.open_space(descriptor_of(numerics=str(number)))
-    assert store.node.open_space(descriptor) == descriptor.space_id
+
+
+async def test_who_opens_many_spaces_locks_nobody_out(store: Store) -> None:
+    """The space that was used the longest ago gives way; opened again, it has its blocks.
+
+    A lease outlives that, and what is in use is not the one to go.
+    """
+    keys = keys_of("chain", 4)
+    await store.store(keys)
+    matched = await store.match(keys)
+    busy = store.node.open_space(descriptor_of(numerics="busy"))
+    for number in range(MAX_SPACES + 10):
+        store.node.open_space(descriptor_of(numerics=str(number)))
+        store.node.refs(RIVAL, "", busy, ())
+    assert len(store.node.spaces) == MAX_SPACES
+    with pytest.raises(UnknownSpace, match="OpenSpace"):
+        await store.read(keys, matched=matched)
+    store.node.open_space(descriptor_of())
+    await store.press()
+    assert await store.read(keys, matched=matched) == ["memory"] * 4
+
+
+async def test_names_of_scopes_that_callers_invent_are_not_kept_for_ever(store: Store) -> None:
+    """What a scope is called in here is computed again, and is the same."""
+    keys = keys_of("chain", 2)
+    await store.store(keys, scope="first")
+    for number in range(NAMESPACES + 10):
+        store.node.refs(ACME, f"scope-{number}", store.space_id, ())
+    assert store.node._namespace.cache_info().currsize == NAMESPACES
+    assert (await store.match(keys, scopes=["first"], lease_s=0)).blocks == 2
 
 
 async def test_closing_flushes_memory_and_ends_leases(rig: Rig) -> None:
@@ -727,7 +976,43 @@ async def test_closing_flushes_memory_and_ends_leases(rig: Rig) -> None:
     await store.match(keys)
     rig.gone(store.tiers.memory)
     rig.gone(disk)
-    await store.node.close(flush_timeout_s=60)
+    await store.node.close(flush_timeout_s=60, close_timeout_s=60)
     assert (len(store.leases), store.leases.leased_bytes) == (0, 0)
     assert len(disk._index) == 6
+    assert rig.sealed == [(1, 6, 6 * BLOCK_BYTES)]
+
+
+async def test_closing_may_take_what_the_flush_leaves_over(rig: Rig) -> None:
+    """A device that is slow to seal is not given up while there is time."""
+    runner = GatedRunner()
+    disk = await rig.disk(runner=runner)
+    store = Store(rig, disk, SLOTS, SLOTS)
+    await store.store(keys_of("chain", 6))
+    await store.tiers.flush()
+    rig.gone(store.tiers.memory)
+    rig.gone(disk)
+    runner.held = True
+    closing = asyncio.create_task(store.node.close(flush_timeout_s=60, close_timeout_s=0))
+    await settle()
+    assert not closing.done()
+    await runner.release()
+    await closing
+    assert rig.sealed == [(1, 6, 6 * BLOCK_BYTES)]
+
+
+async def test_closing_closes_the_tiers_also_when_the_flush_fails(rig: Rig) -> None:
+    """What lies on disk already is sealed, whatever became of the rest."""
+    disk = await rig.disk()
+    store = Store(rig, disk, SLOTS, SLOTS)
+    await store.store(keys_of("chain", 6))
+    await store.tiers.flush()
+
+    async def fail(operation: str, refs: Sequence[BlockRef]) -> None:
+        raise ZeroDivisionError(operation)
+
+    store.slow.before = fail
+    rig.gone(store.tiers.memory)
+    rig.gone(disk)
+    with pytest.raises(ZeroDivisionError):
+        await store.node.close(flush_timeout_s=60, close_timeout_s=60)
     assert rig.sealed == [(1, 6, 6 * BLOCK_BYTES)]

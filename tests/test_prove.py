@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from benchmarks import prove
 from benchmarks.code_digest import _meaning
+from benchmarks.proof import SEED_VARIABLE
 from benchmarks.prove import MODULES, failed_row, run_module
 from benchmarks.soak import Soak, trials_goals
 
@@ -40,6 +43,43 @@ def test_a_proof_that_breaks_off_is_no_pass() -> None:
     assert "nonsense" in reason
     assert run_module("index_cost", [], 0.05) == ([], "not done within 0.05 s")
     assert failed_row("index_cost", reason)["ok"] is False
+
+
+def test_a_time_out_says_what_the_proof_said_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proof that hangs leaves no other word; what it says at length is cut."""
+
+    def hang(command: list[str], timeout: float, **options: Any) -> None:
+        raise subprocess.TimeoutExpired(command, timeout, stderr=b"x" * 1000 + b"trial 7 caf\xe9\n")
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    rows, reason = run_module("index_cost", [], 5)
+    assert rows == []
+    assert reason.startswith("not done within 5 s: xxx")
+    assert reason.endswith("trial 7 caf\ufffd")
+    assert len(reason) < 400
+
+
+@pytest.mark.parametrize("given", ["", "7"])
+def test_the_seed_of_a_proof_that_breaks_off_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """One is drawn where none was given; it is said at the start and stands in each command."""
+    told: list[list[str]] = []
+
+    def late(module: str, arguments: list[str], timeout_s: float | None) -> tuple[list[Any], str]:
+        told.append(list(arguments))
+        return [], "not done within 1 s"
+
+    monkeypatch.setattr(prove, "run_module", late)
+    result = tmp_path / "proofs.json"
+    options = ["--json", str(result), *(["--seed", given] if given else [])]
+    ran = CliRunner(env={SEED_VARIABLE: ""}).invoke(prove.main, [*options, "herd", "eviction"])
+    assert ran.exit_code == 1
+    [seed] = {arguments[arguments.index("--seed") + 1] for arguments in told}
+    assert seed == given or not given
+    assert f"--seed {seed} " in ran.output.splitlines()[0]
+    for row in json.loads(result.read_text())["rows"]:
+        assert row["command"].endswith(f"--size short --seed {seed}")
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -57,6 +57,71 @@ def test_a_bailian_trace_is_read(tmp_path: Path) -> None:
     assert [len(request.chain) for request in trace.requests] == [2, 2]
 
 
+@pytest.mark.parametrize("mark", ["chat_id", "parent_chat_id"])
+def test_one_of_its_own_fields_makes_a_bailian_trace(tmp_path: Path, mark: str) -> None:
+    """Its seconds are never taken for milliseconds, whichever fields were dropped."""
+    kept = {"timestamp", "input_length", "hash_ids", mark}
+    record = {key: value for key, value in BAILIAN.items() if key in kept}
+    trace = read_trace(written(tmp_path / "t.jsonl", record))
+    assert (trace.requests[0].at_s, trace.block_tokens) == (1.5, 16)
+
+
+@pytest.mark.parametrize("record", [MOONCAKE, BAILIAN])
+def test_the_length_of_the_answer_may_be_left_out(tmp_path: Path, record: dict[str, Any]) -> None:
+    """A replay does not need it."""
+    without = {key: value for key, value in record.items() if key != "output_length"}
+    path = written(tmp_path / "t.jsonl", without, record | {"output_length": None})
+    assert len(read_trace(path).requests) == 2
+
+
+def test_requests_are_replayed_in_the_order_of_time(tmp_path: Path) -> None:
+    """Whatever the order of the lines; of the same time the earlier line first; it is said."""
+    times = [5000, 3000, 5000, 4000]
+    records = [MOONCAKE | {"timestamp": at, "hash_ids": [n, n, n]} for n, at in enumerate(times)]
+    path = written(tmp_path / "t.jsonl", *records)
+    trace = read_trace(path)
+    assert [request.number for request in trace.requests] == [1, 3, 0, 2]
+    assert [request.at_s for request in trace.requests] == [3, 4, 5, 5]
+    assert trace.notes == [
+        f"{path}:2: timestamp: goes back in 2 of 4 lines, this the first; "
+        "requests are replayed in the order of time"
+    ]
+
+
+def test_hints_follow_their_requests_into_the_order_of_time(tmp_path: Path) -> None:
+    """A line of hints is for the same line of the trace."""
+    records = [MOONCAKE | {"timestamp": at} for at in (5000, 3000, 4000)]
+    trace = read_trace(written(tmp_path / "t.jsonl", *records))
+    said = [{"session_id": name} for name in "abc"]
+    hints = read_hints(written(tmp_path / "h.jsonl", *said), trace)
+    assert [hint.session_id for hint in hints if hint] == [b"b", b"c", b"a"]
+
+
+ODD: dict[str, tuple[dict[str, Any], int]] = {
+    "too few": ({"hash_ids": [1]}, 1),
+    "too many": ({"hash_ids": [1, 2, 3, 4, 5]}, 2),
+    "null": ({"hash_ids": None}, 0),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_few_odd_lengths_do_not_refuse_a_trace(tmp_path: Path, case: str) -> None:
+    """Their tokens count, what no name covers is no hit, and it is said."""
+    change, blocks = ODD[case]
+    path = written(tmp_path / "t.jsonl", *[BAILIAN] * 19, BAILIAN | change)
+    trace = read_trace(path)
+    assert trace.block_tokens == 16
+    assert trace.input_tokens == 20 * 33
+    assert (len(trace.requests[19].chain), trace.unique_blocks) == (blocks, 3)
+    (note,) = trace.notes
+    assert note.startswith(f"{path}:20: hash_ids: not one for each 16 tokens in 1 of 20 requests")
+
+
+def test_a_trace_as_it_should_be_needs_no_note(tmp_path: Path) -> None:
+    """Nothing is said where nothing is odd."""
+    assert not read_trace(written(tmp_path / "t.jsonl", MOONCAKE, MOONCAKE)).notes
+
+
 def test_a_gzipped_trace_and_a_limit(tmp_path: Path) -> None:
     """Recognised by its first bytes; only so many requests are read."""
     path = tmp_path / "t.jsonl.gz"
@@ -103,10 +168,15 @@ WRONG: dict[str, tuple[list[object], str]] = {
         [MOONCAKE, MOONCAKE | {"hash_ids": [1]}],
         r":2: hash_ids: has 1 entries for 1100 tokens; expected 3, one for each 512",
     ),
-    "back in time": (
-        [MOONCAKE, MOONCAKE | {"timestamp": 3}],
-        r":2: timestamp: goes back; sort the lines by it",
+    "no names at all": (
+        [{k: v for k, v in BAILIAN.items() if k != "hash_ids"}],
+        r":1: hash_ids: is missing; expected 3, one for each 16 tokens; 1 of 1",
     ),
+    "empty names everywhere": (
+        [BAILIAN | {"hash_ids": []}],
+        r":1: hash_ids: has 0 entries for 33 tokens; expected 3",
+    ),
+    "two formats": ([MOONCAKE, BAILIAN], r":2: is of another format; the first line is Mooncake"),
     "no object": ([[1, 2]], r":1: is \[1, 2\]; expected one JSON object per line"),
     "another format": ([{"time": 1}], r":1: is of no known format; expected the fields of"),
     "empty": ([], r"has no request in it; expected lines of"),
@@ -155,12 +225,31 @@ def test_hints_belong_to_requests(tmp_path: Path) -> None:
     assert trace.hinted(hints).requests[0].hint == hints[0]
 
 
+@pytest.mark.parametrize("number", ["Infinity", "1e400", "NaN", "1" + "0" * 400])
+@pytest.mark.parametrize("field", ["timestamp", "input_length", "output_length"])
+def test_a_number_that_nothing_can_hold_is_named(tmp_path: Path, field: str, number: str) -> None:
+    """JSON has no such numbers, but its readers take them."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps(MOONCAKE | {field: "?"}).replace('"?"', number) + "\n")
+    with pytest.raises(TraceError, match=rf":1: {field}: is .*, (no|too large a) number.*expected"):
+        read_trace(path)
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    """It would end the parser otherwise, and with it the command."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps(MOONCAKE) + "\n" + "[" * 100_000 + "\n")
+    with pytest.raises(TraceError, match=r":2: is nested too deeply; expected one object"):
+        read_trace(path)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
         ([{}], r"has 1 lines for 2 requests"),
         ([{}, {"reuse": "maybe"}], r':2: reuse: is "maybe"; expected one of unknown, final'),
         ([{"session_id": "s" * 33}, {}], r":1: session_id"),
+        ([{"session_id": "\ud800"}, {}], r':1: session_id: is "\\ud800"; expected text'),
         ([{"expected_return_ms": -1}, {}], r":1: expected_return_ms: is -1"),
     ],
 )

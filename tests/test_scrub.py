@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from kvstore.api.errors import TierError
 from kvstore.files import PAGE_BYTES, DirectoryFiles
+from kvstore.record import HEADER_BYTES
 from kvstore.scrub import check_directory
 from kvstore.scrub_command import scrub
 from kvstore.tiers.disk import SCRUB_FAILURES, DiskTier, Scrubbed
@@ -51,7 +52,9 @@ async def test_every_damaged_byte_of_a_record_is_found(rig: Rig, rng: random.Ran
         spoilt = files.copy()
         spoilt.flip(name, 8 * at + rng.randrange(8))
         [checked, *others] = check_directory(spoilt)
-        assert (checked.file, len(checked.problems)) == (name, 1), at
+        # Without its first header a segment's footer is not believed: that is another problem.
+        unbelieved = PAGE_BYTES <= at < PAGE_BYTES + HEADER_BYTES
+        assert (checked.file, len(checked.problems)) == (name, 2 if unbelieved else 1), at
         assert not any(other.problems for other in others)
     assert files.names()
 

@@ -25,6 +25,7 @@ from kvstore_workers.redis_server import RedisServer
 from tests.sim.blocks import keys_of
 from tests.sim.nodes import PATIENT, descriptor_of, load, raw_channel, store
 
+ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = 40
 PATIENCE_S = 60.0
 SMALL = {
@@ -73,6 +74,7 @@ class Serving:
 
     home: Path
     environ: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "kvstore")
     _processes: list[Process] = field(default_factory=list)
 
     async def spawn(self, flags: Mapping[str, str], *switches: str) -> Process:
@@ -80,7 +82,7 @@ class Serving:
         options = SMALL | {"--disk-path": str(self.home / "blocks")} | dict(flags)
         arguments = [part for option in options.items() for part in option]
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "kvstore", "serve", *arguments, *switches,
+            sys.executable, *self.program, "serve", *arguments, *switches,
             stdin=PIPE, stdout=PIPE, stderr=PIPE,
             env=os.environ | self.environ, cwd=self.home,
         )  # fmt: skip
@@ -235,6 +237,22 @@ async def test_a_second_signal_does_not_wait_for_the_drain(
     assert status == 128 + second
     assert f"{second.name} while draining: ending at once" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("also", "status"), [("", 0), ("drain", 1)])
+async def test_a_device_that_hangs_does_not_hold_up_the_end(
+    serving: Serving, also: str, status: int
+) -> None:
+    """The process ends although a thread never comes back; its status says if more went wrong."""
+    serving.program = (str(ROOT / "tests" / "planted_hang.py"),)
+    serving.environ["KVSTORE_PLANTED"] = also
+    served = await serving.start(server_drain_timeout_s="0.5")
+    async with connected(served) as (client, space):
+        assert await store(client, space, keys_of("chain", 6)) == [True] * 6
+    ended, errors = await served.end(signal.SIGTERM)
+    assert (ended, "Traceback" in errors) == (status, status != 0), errors
+    assert "memory was not flushed completely" in errors
+    assert "a device does not answer" in errors
 
 
 @pytest.fixture

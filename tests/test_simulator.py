@@ -72,6 +72,26 @@ def test_a_bug_that_no_longer_fits_is_noticed() -> None:
         pass
 
 
+def test_all_planted_bugs_are_listed() -> None:
+    """Where the reader is told what the simulator is known to find."""
+    told = (ROOT / "docs" / "trust.md").read_text()
+    assert [bug.name for bug in BUGS if bug.name not in told] == []
+
+
+def test_what_goes_on_for_ever_is_noticed() -> None:
+    """Also where something always is left to do, so that time never moves."""
+
+    loop = SimulatedLoop()
+
+    def again() -> None:
+        loop.call_soon(again)
+
+    again()
+    with pytest.raises(Stuck, match="for ever"):
+        loop.run_forever()
+    loop.close()
+
+
 def test_the_loop_of_simulated_time_costs_no_time() -> None:
     """It jumps to the next timer, in order, and says so if nobody will ever wake up."""
     loop = SimulatedLoop()

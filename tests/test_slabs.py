@@ -69,6 +69,16 @@ def test_a_class_that_does_not_divide_a_slab(pages: int) -> None:
     slabs.check()
 
 
+@pytest.mark.parametrize("size", [1, PAGE_BYTES + 1, SLAB_BYTES // 2 + 1, SLAB_BYTES])
+def test_the_share_of_a_block_is_what_is_left_to_others_less(size: int) -> None:
+    """All blocks that fit a slab together cost the whole slab."""
+    slabs = Slabs(SLAB_BYTES, SLAB_BYTES)
+    fit = 0
+    while slabs.allocate(size) is not None:
+        fit += 1
+    assert slabs.share_bytes(size) == SLAB_BYTES // fit
+
+
 def test_random_use_follows_the_model(rng: random.Random) -> None:
     """Slots of many classes, taken and freed at random: never overlapping, always counted."""
     slabs = Slabs(SLABS * SLAB_BYTES, SLAB_BYTES)

@@ -8,10 +8,13 @@ import pytest
 
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef, Tier
+from kvstore.files import PAGE_BYTES
+from kvstore.names import block_name
 from kvstore.policy.policy import Use
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.memory import Memory
+from kvstore.tiers.segment import file_name
 from kvstore.tiers.tiered import Acquired, Tiered, Want
 from tests.sim.blocks import chain_of, load_all, namespace_of, present
 from tests.sim.clock import settle
@@ -124,6 +127,63 @@ async def test_an_evicted_tail_can_be_matched_from_its_start(rig: Rig) -> None:
     below = await disk.locate(refs_of(hot))
     assert below[-1] is not None, "the tail was not demoted"
     assert all(below)
+
+
+async def test_what_descends_from_a_block_below_goes_with_it(rig: Rig) -> None:
+    """A block in memory whose grandparent is discarded below could never be matched again."""
+    tiered, _, disk = await over_disk(rig)
+    blocks = chain(count=3)
+    await disk.store(blocks)
+    [grandchild] = await tiered.acquire(wants_of(blocks[2:]))
+    assert grandchild is not None
+    tiered.release([grandchild])
+    assert await tiered.locate(refs_of(blocks)) == ["disk", "disk", "memory"]
+    await tiered.discard([blocks[0].ref])
+    assert await tiered.locate(refs_of(blocks)) == [None] * 3
+
+
+@pytest.mark.parametrize("lost", range(3))
+async def test_what_lost_its_parent_on_the_way_up_is_not_kept(rig: Rig, lost: int) -> None:
+    """A damaged block takes its descendants along: promoted without it they were of no use."""
+    files = SimulatedFiles()
+    disk = await rig.disk(files)
+    tiered = Tiered(rig.memory(8), disk, rig.metrics)
+    blocks = chain(count=3)
+    await disk.store(blocks)
+    entry = disk._index.find(block_name(blocks[lost].ref))
+    assert entry is not None
+    files.flip(file_name(entry.segment_id), 8 * (entry.offset + PAGE_BYTES))
+    expected = ["disk" if at < lost else None for at in range(3)]
+    assert await acquire(tiered, blocks) == expected
+    assert [bool(place) for place in await tiered.locate(refs_of(blocks))] == [
+        at < lost for at in range(3)
+    ]
+
+
+async def test_children_may_be_asked_for_before_their_parents(rig: Rig) -> None:
+    """The order of a batch does not decide who has a parent."""
+    tiered, _, disk = await over_disk(rig)
+    blocks = chain(count=4)
+    await disk.store(blocks)
+    assert await acquire(tiered, blocks[::-1]) == ["disk"] * 4
+    assert await tiered.locate(refs_of(blocks)) == ["memory"] * 4
+
+
+async def test_a_slow_tier_that_forgets_does_not_hold_up_others(rig: Rig) -> None:
+    """While a namespace is cleared below, others find room, and nothing of it is demoted."""
+    tiered, slow, disk = await over_disk(rig)
+    mine, theirs = chain("mine", 6), chain("theirs", 12, THEIRS)
+    await tiered.store(mine)
+    slow.before = gate = Gate("clear")
+    clearing = asyncio.create_task(tiered.clear(MINE))
+    await gate.reached.wait()
+    await tiered.store(mine)
+    assert await tiered.store(theirs) == [True] * 12
+    assert await disk.locate(refs_of(mine)) == [None] * 6
+    gate.opened.set()
+    await clearing
+    assert await tiered.locate(refs_of(mine)) == [None] * 6
+    assert await present(tiered, theirs) == [True] * 12
 
 
 async def test_without_a_slower_tier_eviction_forgets(rig: Rig) -> None:
@@ -366,6 +426,62 @@ async def _acquire_or_store(
         await tiered.store(blocks)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+async def test_what_arrives_without_its_parent_is_not_kept(rig: Rig, order: int) -> None:
+    """Neither a child of what did not arrive, nor its children, in whatever order they came."""
+    below = rig.memory()
+    tiered = Tiered(rig.memory(8), below, rig.metrics)
+    blocks, others = chain(count=6), chain("others", 2)
+    await below.store([*blocks, *others])
+    lost = below.find(blocks[3].ref)
+    assert lost is not None
+    below.evict(lost)
+    found = ["memory"] * 3 + [None] * 3
+    assert (
+        await acquire(tiered, [*blocks, *others][::order]) == [*found, "memory", "memory"][::order]
+    )
+    assert await tiered.memory.locate(refs_of(blocks)) == found
+    assert rig.counted("promoted_blocks", tier="memory") == 5
+
+
+@pytest.mark.parametrize("parents", ["here", "below", "nowhere", "elsewhere"])
+async def test_what_arrives_alone_needs_its_parent_somewhere(rig: Rig, parents: str) -> None:
+    """In memory or below, also in another namespace; a block without a parent needs none."""
+    below = rig.memory()
+    tiered = Tiered(rig.memory(8), below, rig.metrics)
+    above, child, free = chain("above", 1)[0], chain(count=1)[0], chain("free", 1)[0]
+    if parents == "elsewhere":
+        above = chain("above", 1, THEIRS)[0]
+    child = child._replace(parent=above.ref)
+    await below.store([child, free])
+    if parents == "here":
+        await tiered.store([above])
+    elif parents != "nowhere":
+        await below.store([above])
+    place = None if parents == "nowhere" else "memory"
+    assert await acquire(tiered, [child, free]) == [place, "memory"]
+    assert await tiered.memory.locate([child.ref, free.ref]) == [place, "memory"]
+
+
+async def test_what_arrives_while_its_parent_is_discarded_is_not_kept(rig: Rig) -> None:
+    """Though the parent still lies below: it will not for long."""
+    below = rig.memory()
+    slow = Faulty(below)
+    tiered = Tiered(rig.memory(8), slow, rig.metrics)
+    above, child = chain(count=2)
+    await below.store([above, child])
+    slow.after, slow.before = loading, forgetting = Gate("load"), Gate("discard")
+    acquiring = asyncio.create_task(acquire(tiered, [child]))
+    await loading.reached.wait()
+    discarding = asyncio.create_task(tiered.discard([above.ref]))
+    await forgetting.reached.wait()
+    loading.opened.set()
+    assert await acquiring == [None]
+    forgetting.opened.set()
+    assert await discarding == 2
+    assert await tiered.locate([above.ref, child.ref]) == [None] * 2
+
+
 # Forgetting while something is under way.
 
 
@@ -390,6 +506,16 @@ async def test_what_is_discarded_during_its_demotion_is_gone(rig: Rig) -> None:
     assert await disk.locate(refs_of(blocks)) == [None] * 8
 
 
+async def test_what_lies_below_is_discarded_with_its_children_in_memory(rig: Rig) -> None:
+    """Without it nobody could match them, and they would take room for nothing."""
+    tiered, _, disk = await over_disk(rig)
+    blocks = chain(count=3)
+    await disk.store(blocks[:1])
+    await tiered.store(blocks[1:])
+    assert await tiered.discard(refs_of(blocks[:1])) == 3
+    assert await tiered.locate(refs_of(blocks)) == [None] * 3
+
+
 @pytest.mark.parametrize("whole_namespace", [False, True])
 async def test_what_is_discarded_during_its_promotion_is_gone(
     rig: Rig, whole_namespace: bool
@@ -409,6 +535,96 @@ async def test_what_is_discarded_during_its_promotion_is_gone(
     assert await tiered.locate(refs_of(blocks)) == [None] * 8
     assert await present(tiered, blocks) == [False] * 8
     assert await present(tiered, others) == [True] * 2
+
+
+async def test_what_comes_and_goes_while_it_is_discarded_is_gone(rig: Rig) -> None:
+    """However often it passes between the tiers meanwhile.
+
+    1. A block is on its way up when somebody discards it.
+    2. It arrives, and is written below again.
+    3. It leaves memory, and is on its way up once more.
+    """
+    tiered, slow, disk = await over_disk(rig)
+    [block], fillers = chain(count=1), chain("fillers", 8)
+    await disk.store([block])
+    slow.after = first = Gate("load")
+    acquiring = asyncio.create_task(acquire(tiered, [block]))
+    await first.reached.wait()
+    discarding = asyncio.create_task(tiered.discard([block.ref]))
+    await settle()
+    # Somebody is making room all the while.
+    await tiered.store(fillers[:7])
+    slow.before = room = Gate("wants")
+    storing = asyncio.create_task(tiered.store(fillers[7:]))
+    await room.reached.wait()
+    slow.before = Gate("none")
+    first.opened.set()
+    await acquiring
+    await tiered.flush()
+    if (slot := tiered.memory.find(block.ref)) is not None:
+        tiered.memory.evict(slot)
+    slow.after = second = Gate("load")
+    again = asyncio.create_task(acquire(tiered, [block]))
+    await settle()
+    room.opened.set()
+    await asyncio.gather(storing, discarding)
+    second.opened.set()
+    await again
+    assert await tiered.locate([block.ref]) == [None]
+
+
+async def test_nobody_waits_while_others_clear(rig: Rig) -> None:
+    """Room is made, and blocks go below and come up, however long a clear takes."""
+    tiered, slow, disk = await over_disk(rig)
+    below, more = chain("below", 2, THEIRS), chain("more", 20, THEIRS)
+    await disk.store(below)
+    await tiered.store(chain())
+    slow.before = gate = Gate("clear")
+    clearing = asyncio.create_task(tiered.clear(MINE))
+    await gate.reached.wait()
+    async with asyncio.timeout(10):
+        assert await tiered.store(more) == [True] * 20
+        assert await acquire(tiered, below) == ["disk"] * 2
+    assert await present(tiered, more) == [True] * 20
+    assert not clearing.done()
+    gate.opened.set()
+    assert await clearing >= 8
+
+
+async def test_what_is_being_forgotten_stays_where_it_is(rig: Rig) -> None:
+    """It neither comes up nor goes below, also if it is written again meanwhile."""
+    tiered, slow, disk = await over_disk(rig)
+    below, again = chain("below", 2), chain("again", 2)
+    await disk.store(below)
+    slow.before = gate = Gate("clear")
+    clearing = asyncio.create_task(tiered.clear(MINE))
+    await gate.reached.wait()
+    assert await acquire(tiered, below) == [None] * 2
+    await tiered.store(again)
+    await tiered.store(chain("others", 8, THEIRS))
+    assert await tiered.locate(refs_of([*below, *again])) == ["disk"] * 2 + [None] * 2
+    gate.opened.set()
+    assert await clearing == 2
+    assert await tiered.locate(refs_of([*below, *again])) == [None] * 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_after_a_clear_blocks_come_and_go_again(rig: Rig, fails: bool) -> None:
+    """Whether it succeeded, or its caller was told that it did not."""
+    tiered, slow, disk = await over_disk(rig)
+    blocks = chain(count=2)
+    slow.before = gate = Gate("clear")
+    gate.error = TierError("planted") if fails else None
+    gate.opened.set()
+    if fails:
+        with pytest.raises(TierError):
+            await tiered.clear(MINE)
+    else:
+        await tiered.clear(MINE)
+    await tiered.store(blocks)
+    await tiered.store(chain("others", 8, THEIRS))
+    assert await disk.locate(refs_of(blocks)) == ["disk"] * 2
+    assert await acquire(tiered, blocks) == ["disk"] * 2
 
 
 # Restarts.

@@ -49,9 +49,13 @@ class Deadline:
         self._clock = clock
         self._end_s = clock.monotonic_s() + self.budget_s
 
+    def rest_s(self) -> float:
+        """Seconds until then; 0 or less once it is over. It may be another call's budget."""
+        return self._end_s - self._clock.monotonic_s()
+
     def left_s(self) -> float:
         """Seconds until then. Raises TimeoutError when none are left."""
-        left_s = self._end_s - self._clock.monotonic_s()
+        left_s = self.rest_s()
         if left_s <= 0:
             raise TimeoutError(f"the budget of {self.budget_s:g} s is spent")
         return left_s

@@ -42,9 +42,9 @@ class ControlClient:
     ) -> None:
         self.endpoint = endpoint
         self.budgets = budgets or Budgets()
-        self._clock = clock or SystemClock()
+        self.clock = clock or SystemClock()
         self._owned = channel is None
-        self._caller = Caller(channel or open_channel(endpoint), token, self._clock)
+        self._caller = Caller(channel or open_channel(endpoint), token, self.clock)
 
     def __repr__(self) -> str:
         state = "closed" if self._caller.closed else "open"
@@ -189,4 +189,4 @@ class ControlClient:
             await self._caller.channel.close()
 
     def _deadline(self, budget_s: float | None, usual_s: float) -> Deadline:
-        return Deadline(self._clock, usual_s if budget_s is None else budget_s)
+        return Deadline(self.clock, usual_s if budget_s is None else budget_s)

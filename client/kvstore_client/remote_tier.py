@@ -11,6 +11,7 @@ from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Usage
 from kvstore.api.wire import MAX_KEYS
 from kvstore_client.async_client import AsyncClient
+from kvstore_client.budgets import Deadline
 from kvstore_client.losses import describe
 from kvstore_client.space import Space
 
@@ -34,6 +35,8 @@ class RemoteTier:
     space's blocks, are misses. `locate`, `wants`, `load` and `store` raise nothing: for an engine
     a node out of reach is a miss. `discard` and `clear` raise `TierError`, because who asks for
     oblivion has to know. The client stays its owner's, who closes it.
+
+    However many spaces, runs and messages a batch makes, it has the budget of one call.
     """
 
     def __init__(
@@ -52,13 +55,14 @@ class RemoteTier:
     async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
         """The tiers of the node in which the blocks lie; its private scope only."""
         answers: list[str | None] = [None] * len(refs)
+        deadline = Deadline(self._client.clock, self._client.budgets.match_s)
 
         async def ask(space: Space, places: Sequence[int]) -> None:
             try:
                 tiers = await self._client.locate(
                     space,
                     [refs[place].key for place in places],
-                    budget_s=self._client.budgets.match_s,
+                    budget_s=deadline.rest_s(),
                 )
             except KvstoreError:
                 self._client.counters["locate_failed"] += 1
@@ -81,11 +85,15 @@ class RemoteTier:
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         """See `Tier`. Each answer names the node's tier."""
         answers: list[Loaded | None] = [None] * len(loads)
+        deadline = Deadline(self._client.clock, self._client.budgets.load_s)
 
         async def ask(space: Space, places: Sequence[int]) -> None:
             fitting = [p for p in places if loads[p].into.nbytes == space.block_bytes]
             loaded = await self._client.load_any(
-                space, [loads[p].ref.key for p in fitting], [loads[p].into for p in fitting]
+                space,
+                [loads[p].ref.key for p in fitting],
+                [loads[p].into for p in fitting],
+                budget_s=deadline.rest_s(),
             )
             for place, answer in zip(fitting, loaded, strict=True):
                 answers[place] = answer
@@ -96,11 +104,13 @@ class RemoteTier:
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
         """See `Tier`. Blocks that follow each other travel as one run."""
         held = [False] * len(blocks)
+        deadline = Deadline(self._client.clock, self._client.budgets.store_s)
 
         async def ask(space: Space, places: Sequence[int]) -> None:
             fitting = [p for p in places if blocks[p].data.nbytes == space.block_bytes]
             # One after the other: a run may hang on a block of the one before it.
             for run in chain_runs(blocks, fitting):
+                rest_s = deadline.rest_s()
                 chosen = [blocks[place] for place in run.places]
                 answers = await self._client.store(
                     space,
@@ -108,9 +118,12 @@ class RemoteTier:
                     [block.data for block in chosen],
                     parent_key=run.parent_key,
                     digests=[block.digest for block in chosen],
+                    budget_s=rest_s,
                 )
                 for place, answer in zip(run.places, answers, strict=True):
                     held[place] = answer
+                if rest_s <= 0:
+                    return  # This one was counted as late, and stands for those behind it.
 
         await self._in_each_space([block.ref for block in blocks], ask)
         return held

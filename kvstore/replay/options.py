@@ -24,21 +24,35 @@ def trace_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (
             click.argument("trace_file", metavar="TRACE", type=FILE),
             click.option(
-                "--hints", "hints_file", type=FILE, help="Reuse hints: one line per request."
+                "--hints",
+                "hints_file",
+                type=FILE,
+                help="What callers said of their requests: one JSON object per line, for the same "
+                "line of TRACE.",
             ),
             click.option(
-                "--limit", type=click.IntRange(1), help="Only the first requests of the trace."
+                "--limit",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Only the first N lines of TRACE.",
             ),
             click.option(
                 "--jobs",
                 type=click.IntRange(1),
+                metavar="N",
                 default=lambda: os.cpu_count() or 1,
                 show_default="one per CPU",
                 help="Processes that replay at the same time.",
             ),
-            click.option("--json", "json_file", type=NEW_FILE, help="Write the result here."),
             click.option(
-                "--png", "png_file", type=NEW_FILE, callback=_png, help="Draw the result here."
+                "--json", "json_file", type=NEW_FILE, help="Write the result to this file, too."
+            ),
+            click.option(
+                "--png",
+                "png_file",
+                type=NEW_FILE,
+                callback=_png,
+                help="Draw the result into this file (needs matplotlib).",
             ),
         )
     ):
@@ -53,13 +67,16 @@ def _png(context: click.Context, parameter: click.Parameter, value: Path | None)
 
 
 def read_source(source: Source) -> Trace:
-    """The trace; what is wrong with it ends the command with one line."""
+    """The trace; what is odd about it is said, what is wrong ends the command with one line."""
     try:
-        return source.read()
+        trace = source.read()
     except TraceError as error:
         raise click.ClickException(str(error)) from None
     except OSError as error:
         raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+    for note in trace.notes:
+        click.echo(f"Note: {note}", err=True)
+    return trace
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""What memory and disk buy: hit rates over sizes, what a goal takes, what the next GiB brings."""
+"""What memory and disk buy: hit rates over sizes, what a goal takes, what the next GiB brings.
+
+A policy may be worse with more room. Who has more can use less of it, so the answer for a pair of
+sizes is the best that was found with at most so much of either: answers never fall.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +13,9 @@ from kvstore.replay.trace import Trace
 from kvstore.replay.two_tiers import TierRates, TiersCell
 
 GIB = 1 << 30
+
+Found = Mapping[Cell[TierRates], TierRates]
+"""What replays found."""
 
 _LEAST_SHARE = 0.005
 _STEPS = 8
@@ -49,7 +56,9 @@ class Question:
         """Bytes from a little to all, each the same factor larger."""
         factor = (1 / _LEAST_SHARE) ** (1 / (_STEPS - 1))
         least = self.footprint_bytes * _LEAST_SHARE
-        return [max(self.block_bytes, round(least * factor**step)) for step in range(_STEPS)]
+        sizes = [max(self.block_bytes, round(least * factor**step)) for step in range(_STEPS)]
+        # A trace of a few blocks has fewer sizes than steps.
+        return list(dict.fromkeys(sizes))
 
     def asked(self) -> TiersCell:
         """The sizes that were given."""
@@ -64,8 +73,8 @@ class Question:
 
     def cell(self, memory_bytes: int, disk_bytes: int) -> TiersCell:
         """The replay of a pair of sizes."""
-        # More than everything is as good as everything.
-        most = self.trace.unique_blocks
+        # More than everything is as good as everything; a policy has room for one block at least.
+        most = max(1, self.trace.unique_blocks)
         memory = min(max(1, memory_bytes // self.block_bytes), most)
         return TiersCell(self.policy, memory, min(disk_bytes // self.block_bytes, most))
 
@@ -90,6 +99,8 @@ class Plan:
     with_disk: Sequence[Row]
     """With the memory that was given, over sizes of disk."""
     asked: TierRates
+    used: TiersCell
+    """The sizes that have what was `asked`: the given ones, or less where that is better."""
     per_gib_of_memory: float
     per_gib_of_disk: float
 
@@ -106,6 +117,20 @@ class Plan:
             self.question.hit_rate,
             [(row.disk_bytes, row.rates.total) for row in self.with_disk],
         )
+
+    def used_memory_bytes(self) -> int:
+        """So much of the memory that was given is best used."""
+        question = self.question
+        if self.used.memory_blocks == question.asked().memory_blocks:
+            return question.memory_bytes
+        return self.used.memory_blocks * question.block_bytes
+
+    def used_disk_bytes(self) -> int:
+        """So much of the disk that was given is best used."""
+        question = self.question
+        if self.used.disk_blocks == question.asked().disk_blocks:
+            return question.disk_bytes
+        return self.used.disk_blocks * question.block_bytes
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: sizes in bytes, rates as fractions; null where a goal is out of reach."""
@@ -124,6 +149,8 @@ class Plan:
             "asked": {
                 "memory_bytes": question.memory_bytes,
                 "disk_bytes": question.disk_bytes,
+                "used_memory_bytes": self.used_memory_bytes(),
+                "used_disk_bytes": self.used_disk_bytes(),
                 **_rates(self.asked, question),
                 "next_gib_of_memory": self.per_gib_of_memory,
                 "next_gib_of_disk": self.per_gib_of_disk,
@@ -136,32 +163,45 @@ class Plan:
         }
 
 
-def answer(question: Question, found: Mapping[Cell[TierRates], TierRates]) -> Plan:
+def answer(question: Question, found: Found) -> Plan:
     """The plan from what all of the question's cells found."""
-    asked = found[question.asked()]
-    more_memory, more_disk = (found[cell] for cell in question.more())
+    used = _best(question.asked(), question, found)
+    asked = found[used]
+    more_memory, more_disk = (found[_best(cell, question, found)] for cell in question.more())
     extra_gib = [size * (_NEXT - 1) / GIB for size in (question.memory_bytes, question.disk_bytes)]
     return Plan(
         question,
         _rows([(memory, 0) for memory in question.sizes()], question, found),
         _rows([(question.memory_bytes, disk) for disk in (0, *question.sizes())], question, found),
         asked,
-        (more_memory.total - asked.total) / extra_gib[0],
-        (more_disk.total - asked.total) / extra_gib[1] if question.disk_bytes else 0.0,
+        used,
+        max(0.0, more_memory.total - asked.total) / extra_gib[0],
+        max(0.0, more_disk.total - asked.total) / extra_gib[1] if question.disk_bytes else 0.0,
     )
 
 
-def _rows(
-    sizes: Sequence[tuple[int, int]], question: Question, found: Mapping[Cell[TierRates], TierRates]
-) -> list[Row]:
+def _best(most: TiersCell, question: Question, found: Found) -> TiersCell:
+    """The sizes with the most hits of those that are no larger; of equal ones the largest."""
+    within = [
+        cell
+        for cell in question.cells()
+        if cell.memory_blocks <= most.memory_blocks and cell.disk_blocks <= most.disk_blocks
+    ]
+    # Rounded, because equal sums of two shares may differ in the last digit.
+    return max(
+        within, key=lambda cell: (round(found[cell].total, 9), cell.memory_blocks, cell.disk_blocks)
+    )
+
+
+def _rows(sizes: Sequence[tuple[int, int]], question: Question, found: Found) -> list[Row]:
     rows: list[Row] = []
     for memory_bytes, disk_bytes in sizes:
-        rates = found[question.cell(memory_bytes, disk_bytes)]
+        rates = found[_best(question.cell(memory_bytes, disk_bytes), question, found)]
         gib = (memory_bytes + disk_bytes) / GIB
         gained = rates.total
         if rows:
             gib -= (rows[-1].memory_bytes + rows[-1].disk_bytes) / GIB
-            gained -= rows[-1].rates.total
+            gained = max(0.0, gained - rows[-1].rates.total)
         rows.append(Row(memory_bytes, disk_bytes, rates, gained / gib))
     return rows
 

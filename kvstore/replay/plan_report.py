@@ -33,7 +33,7 @@ def _table(title: str, rows: Sequence[Row], plan: Plan) -> Table:
     headings = ["disk", "from memory", "from disk", "together", "next GiB", "disk writes"]
     for heading in headings if disks else ["memory", "hit rate", "next GiB"]:
         table.add_column(heading, justify="right")
-    following = [*(f"+{100 * row.per_gib:.3g}" for row in rows[1:]), ""]
+    following = [*(f"{100 * row.per_gib:+.3g}" for row in rows[1:]), ""]
     for row, gain in zip(rows, following, strict=True):
         rates = row.rates
         total = f"{100 * rates.total:.2f} %"
@@ -66,6 +66,16 @@ def sentences(plan: Plan) -> Iterator[str]:
         f"{100 * plan.per_gib_of_memory:+.3g} points"
         + (f", of disk {100 * plan.per_gib_of_disk:+.3g}." if question.disk_bytes else ".")
     )
+    if plan.used != question.asked():
+        yield (
+            f"{question.policy} has that with {size_text(plan.used_memory_bytes())} of the memory"
+            + (
+                f" and {size_text(plan.used_disk_bytes())} of the disk"
+                if question.disk_bytes
+                else ""
+            )
+            + "; on this trace, all of it is worth no more."
+        )
     goal = f"{100 * question.hit_rate:.3g} %"
     memory, disk = plan.memory_for_goal_bytes(), plan.disk_for_goal_bytes()
     if memory is None:

@@ -6,9 +6,11 @@ the fields that tell it from the others to `FORMATS`; docs/eviction.md shows one
 
 import gzip
 import json
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,27 @@ from kvstore.api.hint import MAX_RETURN_MS, MAX_SESSION_ID_BYTES, Reuse, ReuseHi
 from kvstore.replay.trace import Trace, TraceBuilder, TraceError
 
 _GZIP = b"\x1f\x8b"
+_MOST = 1 << 53
+"""Counts above this are no longer exact as JSON numbers, and no trace has them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request as a file tells it. `names` has one name for each block of the prompt."""
+    """One request as a file tells it."""
 
     at_s: float
     input_tokens: int
-    names: list[int | str]
+    names: list[int | str] | None
+    """One for each block of the prompt; None if the file does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A record, where it stands, and how many came before it in the file."""
+
+    place: str
+    number: int
+    record: Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +47,18 @@ class Format:
 
     name: str
     fields: Mapping[str, str]
-    """The fields that a record must have, each with what it says and in which unit."""
+    """The fields that are read, each with what it says and in which unit."""
     block_tokens: int
     """As it is published; another power of two is found from the lengths."""
     read: Callable[["Fields"], Record]
+    marks: Collection[str] = ()
+    """Any one of these tells a record from other formats; without them, all of `fields` do."""
+
+    def has(self, values: Mapping[str, Any]) -> bool:
+        """Whether a record is of this format."""
+        if self.marks:
+            return any(mark in values for mark in self.marks)
+        return self.fields.keys() <= values.keys()
 
 
 class Fields:
@@ -54,33 +76,34 @@ class Fields:
         )
 
     def number(self, field: str) -> float:
-        """A number of 0 or more."""
+        """A finite number of 0 or more."""
         value = self._get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise self.wrong(field, f"is {_short(value)}, no number of 0 or more")
+        if value > sys.float_info.max:
+            raise self.wrong(field, f"is {_short(value)}, too large a number")
         return float(value)
 
     def count(self, field: str) -> int:
         """A whole number of 0 or more."""
         value = self.number(field)
+        if value > _MOST:
+            raise self.wrong(field, f"is {_short(self._get(field))}, too large a number")
         if value != int(value):
             raise self.wrong(field, f"is {_short(value)}, no whole number")
         return int(value)
 
-    def names(self, field: str) -> list[int | str]:
-        """A list of names of blocks."""
-        value = self._get(field)
+    def names(self, field: str) -> list[int | str] | None:
+        """A list of names of blocks; None where the field is missing or null."""
+        value = self.optional(field, None)
+        if value is None:
+            return None
         if not isinstance(value, list):
             raise self.wrong(field, f"is {_short(value)}, no list")
         for name in value:
             if isinstance(name, bool) or not isinstance(name, int | str):
                 raise self.wrong(field, f"holds {_short(name)}")
         return value
-
-    def require(self, names: Iterable[str]) -> None:
-        """Raises if one of these fields is missing."""
-        for field in names:
-            self._get(field)
 
     def optional(self, field: str, default: object) -> Any:
         """A field that may be left out."""
@@ -93,19 +116,23 @@ class Fields:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "nested too deeply"
     return text if len(text) <= 40 else text[:37] + "..."
 
 
 _COMMON = {
     "input_length": "tokens of the prompt, a whole number",
-    "output_length": "tokens of the answer, a whole number",
     "hash_ids": "a list with one number for each block of the prompt",
 }
 
 
 def _record(fields: Fields, at_s: float) -> Record:
-    fields.count("output_length")
+    # A replay does not need the answer's length, but a wrong one says that the line is damaged.
+    if fields.optional("output_length", None) is not None:
+        fields.count("output_length")
     return Record(at_s, fields.count("input_length"), fields.names("hash_ids"))
 
 
@@ -117,43 +144,44 @@ MOONCAKE = Format(
 )
 BAILIAN = Format(
     "Qwen-Bailian",
-    {
-        "chat_id": "the number of the request",
-        "parent_chat_id": "the number of the request before it in its chat, or -1",
-        "timestamp": "seconds since the start, a number",
-        **_COMMON,
-        "type": "the kind of request",
-        "turn": "its place in the chat",
-    },
+    {"timestamp": "seconds since the start, a number", **_COMMON},
     block_tokens=16,
     read=lambda fields: _record(fields, fields.number("timestamp")),
+    marks=("chat_id", "parent_chat_id"),
 )
 FORMATS = (BAILIAN, MOONCAKE)
-"""All formats; the first whose fields a file's first record has is taken."""
+"""All formats; the first that a file's first record has is taken."""
+
+_UNUSED = {"output_length": "tokens of the answer, a whole number; may be left out"}
+
+_ODD_SHARE = 0.05
+"""So many requests may have another number of names than of blocks. More of them mean that the
+size of a block is not what we take it for."""
 
 
 def read_trace(path: Path, limit: int | None = None) -> Trace:
-    """The trace in a file, plain or gzipped; of a long one the first `limit` requests."""
+    """The trace in a file, plain or gzipped; of a long one the first `limit` lines.
+
+    Requests are put in the order of time. What a reader should know of is in the trace's `notes`.
+    """
     kind: Format | None = None
-    records: list[tuple[str, Record]] = []
+    found: list[_Read] = []
     for place, values in _objects(path):
         kind = kind or _recognise(place, values)
-        fields = Fields(place, values, kind.fields)
-        fields.require(kind.fields)
-        record = kind.read(fields)
-        if records and record.at_s < records[-1][1].at_s:
-            raise fields.wrong("timestamp", "goes back; sort the lines by it")
-        records.append((place, record))
-        if limit is not None and len(records) >= limit:
+        if _format_of(values) not in (kind, None):
+            raise TraceError(place, "is of another format", f"the first line is {kind.name}")
+        record = kind.read(Fields(place, values, {**kind.fields, **_UNUSED}))
+        found.append(_Read(place, len(found), record))
+        if limit is not None and len(found) >= limit:
             break
     if kind is None:
         raise TraceError(str(path), "has no request in it", f"expected lines of {_known()}")
-    return _build(path.name, kind, records)
+    return _build(path.name, kind, found)
 
 
 def read_hints(path: Path, trace: Trace) -> list[ReuseHint | None]:
-    """The hints in a file: one line for each request of the trace."""
-    hints: list[ReuseHint | None] = []
+    """The hints in a file, whose lines are in the order of the trace's file; in the trace's."""
+    hints: list[ReuseHint] = []
     for place, values in _objects(path):
         if len(hints) == len(trace.requests):
             break
@@ -164,7 +192,7 @@ def read_hints(path: Path, trace: Trace) -> list[ReuseHint | None]:
             f"has {len(hints):,} lines for {len(trace.requests):,} requests",
             "one line is needed for each request",
         )
-    return hints
+    return [hints[request.number] for request in trace.requests]
 
 
 _HINT_FIELDS = {
@@ -176,14 +204,16 @@ _HINT_FIELDS = {
 
 def _hint(fields: Fields) -> ReuseHint:
     session = fields.optional("session_id", "")
-    if not isinstance(session, str) or len(session.encode()) > MAX_SESSION_ID_BYTES:
+    # Half of a surrogate pair is no text, though JSON can say it.
+    name = session.encode(errors="replace") if isinstance(session, str) else None
+    if name is None or name.decode() != session or len(name) > MAX_SESSION_ID_BYTES:
         raise fields.wrong("session_id", f"is {_short(session)}")
     reuse = fields.optional("reuse", Reuse.UNKNOWN.name)
     if not isinstance(reuse, str) or reuse.upper() not in Reuse.__members__:
         raise fields.wrong("reuse", f"is {_short(reuse)}")
     given = fields.optional("expected_return_ms", None) is not None
     back = fields.count("expected_return_ms") if given else 0
-    return ReuseHint(session.encode(), Reuse[reuse.upper()], min(back, MAX_RETURN_MS))
+    return ReuseHint(name, Reuse[reuse.upper()], min(back, MAX_RETURN_MS))
 
 
 def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -202,6 +232,8 @@ def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _object(place: str, line: bytes) -> Mapping[str, Any]:
     try:
         value = json.loads(line)
+    except RecursionError:
+        raise TraceError(place, "is nested too deeply", "expected one object per line") from None
     except ValueError as error:
         raise TraceError(place, f"is not JSON ({error})", "expected one object per line") from None
     if not isinstance(value, dict):
@@ -210,15 +242,21 @@ def _object(place: str, line: bytes) -> Mapping[str, Any]:
 
 
 def _known() -> str:
-    return "; or ".join(f"{kind.name}: {', '.join(kind.fields)}" for kind in FORMATS)
+    return "; or ".join(
+        f"{kind.name}: {', '.join([*kind.marks, *kind.fields])}" for kind in FORMATS
+    )
+
+
+def _format_of(values: Mapping[str, Any]) -> Format | None:
+    return next((kind for kind in FORMATS if kind.has(values)), None)
 
 
 def _recognise(place: str, values: Mapping[str, Any]) -> Format:
     """The format of a file by its first record; for the error, the one that is nearest."""
-    for kind in FORMATS:
-        if kind.fields.keys() <= values.keys():
-            return kind
-    nearest = max(FORMATS, key=lambda kind: len(kind.fields.keys() & values.keys()) * 100
+    if (found := _format_of(values)) is not None:
+        return found
+    nearest = max((kind for kind in FORMATS if not kind.marks),
+                  key=lambda kind: len(kind.fields.keys() & values.keys()) * 100
                   - len(kind.fields))  # fmt: skip
     missing = [field for field in nearest.fields if field not in values]
     if len(missing) == len(nearest.fields):
@@ -228,31 +266,75 @@ def _recognise(place: str, values: Mapping[str, Any]) -> Format:
     )
 
 
-def _build(name: str, kind: Format, records: list[tuple[str, Record]]) -> Trace:
-    block_tokens = _block_tokens(kind, records)
+def _build(name: str, kind: Format, found: Sequence[_Read]) -> Trace:
+    block_tokens = _block_tokens(kind, found)
+    notes = [_odd_note(found, block_tokens), _order_note(found)]
     builder = TraceBuilder(name, block_tokens)
-    for _, record in records:
-        builder.add(record.at_s, record.input_tokens, record.names)
-    return builder.finish()
+    # A stable sort: what came at the same time stays in the order of the file.
+    for read in sorted(found, key=lambda read: read.record.at_s):
+        record = read.record
+        names = (record.names or [])[: -(-record.input_tokens // block_tokens)]
+        builder.add(record.at_s, record.input_tokens, names, number=read.number)
+    return builder.finish([note for note in notes if note])
 
 
-def _block_tokens(kind: Format, records: list[tuple[str, Record]]) -> int:
-    """The size of a block that all lengths agree with: the published one, or a power of two."""
+def _block_tokens(kind: Format, found: Sequence[_Read]) -> int:
+    """The size of a block that all lengths agree with: the published one, or a power of two.
+
+    Where none does, the one that the most agree with, if those that do not are few.
+    """
     sizes = [kind.block_tokens, *(1 << power for power in range(13))]
+    if not any(read.record.names for read in found):
+        # Without names, any size above the longest prompt would agree.
+        sizes = sizes[:1]
     for size in sizes:
-        if all(_fits(record, size) for _, record in records):
+        if all(_fits(read.record, size) for read in found):
             return size
-    # Where nothing fits all, what does not fit the published size is most likely wrong.
-    place, record = next(each for each in records if not _fits(each[1], kind.block_tokens))
-    raise TraceError(
-        f"{place}: hash_ids",
-        f"has {len(record.names)} entries for {record.input_tokens} tokens",
-        f"expected {-(-record.input_tokens // kind.block_tokens)}, one for each "
-        f"{kind.block_tokens} tokens",
+    odd = {size: sum(not _fits(read.record, size) for read in found) for size in sizes}
+    best = min(sizes, key=odd.__getitem__)
+    if odd[best] <= _ODD_SHARE * len(found):
+        return best
+    # Where nothing fits, what does not fit the published size is most likely wrong.
+    raise _misfit(kind.block_tokens, found, odd[kind.block_tokens])
+
+
+def _misfit(block_tokens: int, found: Sequence[_Read], odd: int) -> TraceError:
+    read = next(each for each in found if not _fits(each.record, block_tokens))
+    tokens, names = read.record.input_tokens, read.record.names
+    return TraceError(
+        f"{read.place}: hash_ids",
+        "is missing" if names is None else f"has {len(names)} entries for {tokens} tokens",
+        f"expected {-(-tokens // block_tokens)}, one for each {block_tokens} tokens; "
+        f"{odd:,} of {len(found):,} requests are like that",
+    )
+
+
+def _odd_note(found: Sequence[_Read], block_tokens: int) -> str:
+    """What is said of lengths that disagree; empty if all agree."""
+    odd = [read for read in found if not _fits(read.record, block_tokens)]
+    if not odd:
+        return ""
+    return (
+        f"{odd[0].place}: hash_ids: not one for each {block_tokens} tokens in {len(odd):,} of "
+        f"{len(found):,} requests, this the first; tokens without one count as never stored, "
+        "entries beyond the prompt are left out"
+    )
+
+
+def _order_note(found: Sequence[_Read]) -> str:
+    """What is said of lines that are not in the order of time; empty if all are."""
+    back = [late for early, late in pairwise(found) if late.record.at_s < early.record.at_s]
+    if not back:
+        return ""
+    return (
+        f"{back[0].place}: timestamp: goes back in {len(back):,} of {len(found):,} lines, this "
+        "the first; requests are replayed in the order of time"
     )
 
 
 def _fits(record: Record, block_tokens: int) -> bool:
     # Both ways to treat a partial block at the end are in use: to name it, and to leave it out.
     full, rest = divmod(record.input_tokens, block_tokens)
+    if record.names is None:
+        return record.input_tokens == 0
     return full <= len(record.names) <= full + (rest > 0)

@@ -68,7 +68,7 @@ Examples:
     "policies",
     multiple=True,
     type=click.Choice(_NAMES),
-    help="May be repeated; without it, all of them and the optimum (min).",
+    help="What evicts; min is the optimum. May be repeated; without it, all of them.",
 )
 @click.option(
     "--capacity",
@@ -76,9 +76,9 @@ Examples:
     multiple=True,
     type=Capacity(),
     default=[_SHARES],
-    show_default=_SHARES,
-    help="Blocks (1000) or a share of the trace's different blocks (0.05, 5%); "
-    "may be repeated, or a list with commas.",
+    show_default=True,
+    help="Room for so many blocks (1000), or for a share of the trace's different blocks (0.05, "
+    "5%); may be repeated, or a list with commas.",
 )
 def replay(
     trace_file: Path,
@@ -93,8 +93,9 @@ def replay(
     """Run a trace through eviction policies, without moving bytes, beside the offline optimum.
 
     TRACE has one JSON object per line (the Mooncake or the Qwen-Bailian format, plain or
-    gzipped). The policies are the code that a node runs; each begins with an empty cache. A hit
-    is a token in one of the leading full blocks of a prompt that are all there.
+    gzipped); lines are replayed in the order of their timestamps. The policies are the code that
+    a node runs; each begins with an empty cache. The result is the share of all prompt tokens
+    that were hits: tokens in the leading full blocks of a prompt that are all there.
     """
     source = Source(trace_file, hints_file, limit)
     trace = read_source(source)

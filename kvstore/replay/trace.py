@@ -22,6 +22,8 @@ class TraceRequest:
     chain: Sequence[int]
     """Its full blocks, parents first. A block is one number for its content and all before it."""
     hint: ReuseHint | None = None
+    number: int = 0
+    """How many requests came before it in the file, which need not be in the order of time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class Trace:
     infinite_hit_tokens: int
     """Tokens that a cache would have had that forgets nothing and keeps partial blocks too."""
     input_tokens: int = field(default=0)
+    notes: Sequence[str] = ()
+    """What was odd about the file and how it was taken."""
 
     @property
     def infinite_token_hit_rate(self) -> float:
@@ -67,8 +71,12 @@ class TraceBuilder:
         input_tokens: int,
         names: Iterable[object],
         hint: ReuseHint | None = None,
+        number: int | None = None,
     ) -> None:
-        """Adds a request. `names` covers its blocks; one at the end may be partial."""
+        """Adds a request. `names` covers its blocks; one at the end may be partial.
+
+        Without a `number` it is the next.
+        """
         chain: list[int] = []
         parent, known = -1, 0
         for name in names:
@@ -81,9 +89,10 @@ class TraceBuilder:
         self._hit_tokens += min(known * self._block_tokens, input_tokens)
         self._input_tokens += input_tokens
         full = chain[: input_tokens // self._block_tokens]
-        self._requests.append(TraceRequest(at_s, input_tokens, full, hint))
+        number = len(self._requests) if number is None else number
+        self._requests.append(TraceRequest(at_s, input_tokens, full, hint, number))
 
-    def finish(self) -> Trace:
+    def finish(self, notes: Sequence[str] = ()) -> Trace:
         """The trace of all that was added."""
         return Trace(
             self._name,
@@ -92,4 +101,5 @@ class TraceBuilder:
             len(self._nodes),
             self._hit_tokens,
             self._input_tokens,
+            notes,
         )

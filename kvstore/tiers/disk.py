@@ -35,7 +35,7 @@ from kvstore.runner import Runner
 from kvstore.staging import Loan, Staging
 from kvstore.tiers.disk_index import DiskIndex, Entry, survivors
 from kvstore.tiers.segment import Placed, pack_header_page, pages
-from kvstore.tiers.segment_log import Found, SegmentLog
+from kvstore.tiers.segment_log import SEQUENCE_BITS, Found, SegmentLog
 
 _log = logging.getLogger("kvstore.disk")
 
@@ -47,8 +47,6 @@ STAGING_BYTES = 64 << 20
 """So much of the memory that this takes is kept for the next."""
 
 
-SEQUENCE_BITS = 32
-"""A start numbers records from the last segment's id shifted by so much."""
 FORGETS_UNREAD = 1 << 32
 """More forget records than a segment that cannot be read may hold."""
 SCRUB_PAUSE_S = 0.1
@@ -102,8 +100,10 @@ class DiskTier:
         self._sequence = 0
         self._forgets = 0
         """How many forget records the log has seen; every record says it."""
-        self._yielded = False
-        """A segment has left a full volume, and nothing was written since."""
+        self._yielded_bytes = 0
+        """What has left a full volume since something was written last."""
+        self._no_room = False
+        """Not everything of the last batch could be written, for want of room."""
         self._writing = asyncio.Lock()
         self._changes: set[asyncio.Task[object]] = set()
         self._syncer: asyncio.Task[None] | None = None
@@ -234,14 +234,20 @@ class DiskTier:
     async def _change(self, change: Callable[[], Awaitable[T]]) -> T:
         """Carries a change of the log through, one at a time, also if its caller gives up.
 
+        Unless it has not begun by then: behind a device that hangs no queue grows.
+
         A thread that writes cannot be stopped. If its caller's end let the next change begin:
         1. A store waits for a thread and is cancelled; the lock is free.
         2. Others fill the segment, seal it and open the next.
         3. The thread comes to the write of step 1 and writes over what they stored.
         """
 
+        begun = False
+
         async def locked() -> T:
+            nonlocal begun
             async with self._writing:
+                begun = True
                 return await change()
 
         task = asyncio.create_task(locked())
@@ -253,6 +259,10 @@ class DiskTier:
             return await asyncio.shield(task)
         except OSError as error:
             raise TierError(f"disk: {error}") from error
+        except asyncio.CancelledError:
+            if not begun:
+                task.cancel()
+            raise
 
     async def _load(self, load: Load) -> Loaded | OSError | None:
         entry = self._find(load.ref)
@@ -338,24 +348,50 @@ class DiskTier:
             rooted[block.ref] = block
         return list(rooted.values())
 
-    async def _append_or_yield(self, records: Sequence[Staged]) -> list[Placed]:
-        """As `_append`; a full volume loses the oldest segment, so that the next batch has room.
+    async def _append_or_yield(
+        self, records: Sequence[Staged], *, together: bool = False
+    ) -> list[Placed]:
+        """As `_append`; where the volume is full, the oldest segments make room. Ends the loans.
+
+        `together`: in one segment, all or some at once.
+        """
+        headers = [record.header for record in records]
+        written: list[Placed] = []
+        try:
+            while True:
+                self._no_room = False
+                try:
+                    if together and not self._segments.has_room(*headers):
+                        await self._make_room(headers[0])
+                    written += await self._append(records)
+                except OSError as error:
+                    if error.errno not in NO_ROOM or not await self._yield_oldest():
+                        raise
+                    continue
+                if written:
+                    self._yielded_bytes = 0
+                if not self._no_room or not await self._yield_oldest():
+                    return written
+        finally:
+            # Not earlier: what has left with a segment that made room is written once more.
+            for record in records:
+                record.loan.give_back()
+
+    async def _yield_oldest(self) -> bool:
+        """Gives up the oldest segment; False if there is none, or it would not help.
 
         What we have of a volume that others fill is the room there is: new blocks in place of the
-        oldest are worth more than a tier that takes nothing. One segment, until a write has worked
-        again: where that did not help, more of them would not either.
+        oldest are worth more than a tier that takes nothing. But where two segments' room did not
+        help, more would not either.
         """
-        try:
-            written = await self._append(records)
-        except OSError as error:
-            oldest = self._segments.oldest_sealed()
-            if error.errno in NO_ROOM and not self._yielded and oldest is not None:
-                _log.warning("disk: the volume is full, segment %d makes room", oldest)
-                await self._drop(oldest)
-                self._yielded = True
-            raise
-        self._yielded = self._yielded and not written
-        return written
+        oldest = self._segments.oldest_sealed()
+        if oldest is None or self._yielded_bytes >= 2 * self._segments.segment_bytes:
+            return False
+        _log.warning("disk: the volume is full, segment %d makes room", oldest)
+        before_bytes = self._segments.used_bytes
+        await self._drop(oldest)
+        self._yielded_bytes += before_bytes - self._segments.used_bytes
+        return True
 
     async def _append(self, records: Sequence[Staged]) -> list[Placed]:
         """Writes records, several at once, and indexes them; which there are now.
@@ -369,14 +405,12 @@ class DiskTier:
         for record in records:
             header = record.header
             if self._is_superfluous(header, names) or not self._segments.fits(header):
-                record.loan.give_back()
                 continue
             if not self._segments.has_room(header):
                 written += await self._write(placed)
                 placed, names = [], set()
                 await self._make_room(header)
                 if self._is_superfluous(header, names):
-                    record.loan.give_back()
                     continue  # The parent left with the segment that had to go.
             self._sequence += 1
             forgets = self._forgets if header.kind is Kind.BLOCK else header.forgets
@@ -412,6 +446,7 @@ class DiskTier:
             if header.kind is Kind.BLOCK and parent_here:
                 self._index.insert(Found.of(place, self._segments.open_id))
         errors = [outcome for outcome in outcomes if outcome is not None]
+        self._no_room |= any(isinstance(e, OSError) and e.errno in NO_ROOM for e in errors)
         if errors and (not written or not isinstance(errors[0], OSError)):
             raise errors[0]
         return written
@@ -419,7 +454,6 @@ class DiskTier:
     def _write_one(self, place: Placed, record: Staged) -> None:
         record.loan.view[:PAGE_BYTES] = pack_header_page(place.header)
         self._segments.write(place, record.loan.view)
-        record.loan.give_back()
 
     async def _forget(self, headers: Sequence[Header]) -> None:
         """Writes forget records, each twice, and waits until the device has them.
@@ -431,7 +465,7 @@ class DiskTier:
             # the next start would miss it, and believe nothing that is older.
             numbered = replace(header, forgets=self._forgets + 1)
             twins = [Staged(numbered, self._staging.borrow(PAGE_BYTES)) for _ in range(2)]
-            if not await self._append_or_yield(twins):
+            if not await self._append_or_yield(twins, together=True):
                 raise OSError(errno.EIO, "not all of it could be forgotten for good")
             self._forgets += 1
         await self._runner.run(self._segments.sync)
@@ -478,6 +512,9 @@ class DiskTier:
                 self._metrics.disk_forwarded_bytes.inc(entry.stored_bytes)
         except OSError as error:
             _log.warning("a block is lost with its segment: %s", error)
+        finally:
+            for record in loans:
+                record.loan.give_back()
 
     def _recover(self, records: list[Found]) -> None:
         # Segments that could not be read have numbers of their own: none may be given again.

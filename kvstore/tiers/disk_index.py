@@ -4,6 +4,7 @@ Invariant: the index is prefix-closed. A block whose parent leaves takes its des
 because without their beginning nobody can use them.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from kvstore.files import PAGE_BYTES
@@ -136,15 +137,20 @@ class DiskIndex:
         the ancestors of both inside the segment.
         """
         chosen: dict[Entry, None] = {}
+        # What costs too much with its ancestors; so does all that descends from it.
+        refused: set[Entry] = set()
         left_bytes = budget_bytes
         for entry in self.in_segment(segment_id):
             if not entry.used and not _has_child_elsewhere(entry):
                 continue
-            line = _line_in_segment(entry, chosen)
-            cost = sum(member.record_bytes for member in line)
-            if cost <= left_bytes:
-                left_bytes -= cost
-                chosen.update(dict.fromkeys(line))
+            line = _line_in_segment(entry, chosen, refused)
+            costs = list(itertools.accumulate(member.record_bytes for member in line))
+            if not line or line[0].above in refused or costs[-1] > left_bytes:
+                dear = (m for m, cost in zip(line, costs, strict=True) if cost > left_bytes)
+                refused.update(line if line and line[0].above in refused else dear)
+                continue
+            left_bytes -= costs[-1]
+            chosen.update(dict.fromkeys(line))
         return list(chosen)
 
     def check(self) -> None:
@@ -171,10 +177,14 @@ def _has_child_elsewhere(entry: Entry) -> bool:
     return any(child.segment_id != entry.segment_id for child in entry.children())
 
 
-def _line_in_segment(entry: Entry, chosen: dict[Entry, None]) -> list[Entry]:
+def _line_in_segment(entry: Entry, chosen: dict[Entry, None], refused: set[Entry]) -> list[Entry]:
     line: list[Entry] = []
     member: Entry | None = entry
-    while member is not None and member.segment_id == entry.segment_id and member not in chosen:
+    while (
+        member is not None
+        and member.segment_id == entry.segment_id
+        and not (member in chosen or member in refused)
+    ):
         line.append(member)
         member = member.above
     return line[::-1]
@@ -215,24 +225,26 @@ def survivors(records: Iterable[Found]) -> list[Found]:
         and found.sequence >= cleared.get(found.tag, 0)
     }
     rooted: dict[bytes, Found] = {}
+    lost: set[bytes] = set()
     for found in live.values():
-        rooted.update(_line_to_root(found, live, rooted))
+        line = _line_to_known(found, live, rooted, lost)
+        above = line[-1].parent if line else None
+        if line and (above is None or above in rooted):
+            rooted.update((member.name, member) for member in reversed(line))
+        else:
+            lost.update(member.name for member in line)
     return list(rooted.values())
 
 
-def _line_to_root(
-    found: Found, live: dict[bytes, Found], rooted: dict[bytes, Found]
-) -> dict[bytes, Found]:
-    """The block and its ancestors down to a rooted one, parents first; empty for an orphan."""
+def _line_to_known(
+    found: Found, live: dict[bytes, Found], rooted: dict[bytes, Found], lost: set[bytes]
+) -> list[Found]:
+    """The block and those of its ancestors of which it is not known whether they are rooted."""
     line: dict[bytes, Found] = {}
     member: Found | None = found
-    while member is not None and member.name not in rooted:
-        if member.name in line:
-            return {}
+    while member is not None and not (
+        member.name in rooted or member.name in lost or member.name in line
+    ):
         line[member.name] = member
-        if member.parent is None:
-            break
-        member = live.get(member.parent)
-        if member is None:
-            return {}
-    return dict(reversed(line.items()))
+        member = live.get(member.parent) if member.parent is not None else None
+    return list(line.values())

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from kvstore.api.clock import Clock
@@ -22,6 +22,8 @@ MAX_LOOKUPS = 256
 """Batches of look-ups under way at once."""
 QUEUE_BYTES = 256 << 20
 """Of blocks that are being read, and as many that are being written, at most."""
+CLEAR_S = 30.0
+"""For a clear, where a batch has less: it may have to look through all that the tier holds."""
 FOREVER_S = 1e9
 TARGET = 0.25
 """Part of the deadline that an answer may take before the tier counts as overloaded."""
@@ -29,6 +31,8 @@ TARGET = 0.25
 
 class Guarded:
     """`inner` with a deadline for each batch (a shorter one for look-ups), bounds and breakers.
+
+    A clear has `clear_timeout_s`, or the deadline of a batch if that is longer.
 
     More than fits under way is a miss at once. After three failures in a row a breaker opens: for
     a second everything is a miss at once, then one batch at a time tries again, at most one a
@@ -45,10 +49,12 @@ class Guarded:
         clock: Clock,
         metrics: Metrics,
         queue_bytes: int = QUEUE_BYTES,
+        clear_timeout_s: float = CLEAR_S,
     ) -> None:
         self._inner = inner
         self._lookup_s = lookup_timeout_s
         self._batch_s = timeout_s
+        self._clear_s = max(timeout_s, clear_timeout_s)
         self._clock = clock
         self._metrics = metrics
         self._reads = Breaker()
@@ -97,20 +103,24 @@ class Guarded:
         return await self._attempt(call, refused, self._batch_s, breakers, self._stores, size)
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        try:
-            async with asyncio.timeout(self._batch_s):
-                return await self._inner.discard(refs)
-        except TimeoutError:
-            raise TierError(f"{self.name}: no answer within {self._batch_s} s") from None
+        return await self._insist(self._inner.discard(refs), self._batch_s)
 
     async def clear(self, namespace: bytes) -> int:
-        return await self._inner.clear(namespace)
+        return await self._insist(self._inner.clear(namespace), self._clear_s)
 
     def usage(self) -> list[Usage]:
         return [usage._replace(serving=self.serving) for usage in self._inner.usage()]
 
     async def close(self) -> None:
         await self._inner.close()
+
+    async def _insist(self, call: Awaitable[int], timeout_s: float) -> int:
+        """What was not forgotten in time was not forgotten: TierError, and no miss."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await call
+        except TimeoutError:
+            raise TierError(f"{self.name}: no answer within {timeout_s} s") from None
 
     async def _attempt(
         self,

@@ -70,10 +70,10 @@ def _parents_first(members: dict[M, None]) -> list[M]:
     """Sorted so that nobody stands before an ancestor that is in the list as well."""
     placed: dict[M, None] = {}
     for member in members:
-        line = []
+        line: dict[M, None] = {}
         above: M | None = member
-        while above is not None and above in members and above not in placed:
-            line.append(above)
+        while above is not None and above in members and above not in placed and above not in line:
+            line[above] = None
             above = above.above
         placed.update(dict.fromkeys(reversed(line)))
     return list(placed)

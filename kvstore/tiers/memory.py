@@ -74,6 +74,10 @@ class Memory:
         """The largest block that fits."""
         return self._slabs.slab_bytes
 
+    def share_bytes(self, size: int) -> int:
+        """How much of the capacity a block of `size` costs as long as it stays."""
+        return self._slabs.share_bytes(size)
+
     # What a composition needs: plain decisions, no waiting.
 
     def find(self, ref: BlockRef) -> Slot | None:
@@ -103,17 +107,24 @@ class Memory:
         row[place] = slot
         return slot
 
-    def commit(self, slot: Slot, parent: BlockRef | None, digest: bytes) -> Slot:
-        """Makes a filled slot findable. A block that is here already stays and is returned."""
+    def commit(self, slot: Slot, parent: BlockRef | None, digest: bytes) -> Slot | None:
+        """Makes a filled slot findable. A block that is here already stays and is returned.
+
+        None, with the slot given back, for a block that would descend from itself: no chain has
+        such a block, and nothing above it would ever come to an end.
+        """
         present = self._index.get(slot.ref)
         if present is not None:
             self.abort(slot)
             return present
+        if self._descends_from(parent, slot.ref):
+            self.abort(slot)
+            return None
         slot.parent, slot.digest, slot.indexed = parent, digest, True
         self._unindexed.remove(slot)
         self._index[slot.ref] = slot
         self._relate(slot)
-        self._policy.insert(slot.ref, slot.parent, slot.size)
+        self._policy.insert(slot.ref, slot.parent, self._slabs.slot_bytes(slot.size))
         return slot
 
     def abort(self, slot: Slot) -> None:
@@ -186,19 +197,43 @@ class Memory:
             self.evict(slot)
         return len(leaving)
 
+    def forget_waiting(self, parents: Iterable[BlockRef]) -> int:
+        """Forgets who waits for parents that seem to be nowhere; how many there were.
+
+        What is pinned stays: a tier that does not answer looks like one that has forgotten.
+        """
+        count = 0
+        for ref in parents:
+            for slot in list(self._orphans.get(ref, ())):
+                if not any(member.pins for member in with_descendants([slot])):
+                    count += self.forget([slot])
+        return count
+
     def use(self, use: Use[BlockRef]) -> None:
         """Tells the policy of a request: its whole chain, whether here or not."""
-        self._policy.use(use)
+        self._policy.use(self._sized(use))
 
     def expect(self, use: Use[BlockRef]) -> None:
         """Tells the policy what is about to be written, as far as no request has yet."""
         unknown = [ref for ref in use.chain if ref not in self._policy]
         if unknown:
-            self._policy.use(replace(use, chain=unknown))
+            self._policy.use(self._sized(replace(use, chain=unknown)))
 
     def advise(self, use: Use[BlockRef]) -> None:
         """Tells the policy what a caller says of a chain's future."""
-        self._policy.advise(use)
+        self._policy.advise(self._sized(use))
+
+    def _sized(self, use: Use[BlockRef]) -> Use[BlockRef]:
+        """The same with what its blocks take here.
+
+        A policy remembers as many blocks as fit the capacity: of tiny ones, each of which takes a
+        page, there would be far more than can ever be here.
+        """
+        return replace(use, block_bytes=self._slabs.slot_bytes(use.block_bytes))
+
+    def awaited(self) -> list[BlockRef]:
+        """The parents that are not here of blocks that are."""
+        return list(self._orphans)
 
     def slots(self) -> list[Slot]:
         """All findable slots, the one to evict first at the front."""
@@ -212,6 +247,17 @@ class Memory:
         if len(self._rows[slab]) != slots:  # It was of another class, and is empty.
             self._rows[slab] = [None] * slots
         return self._rows[slab], within // slot_bytes
+
+    def _descends_from(self, ref: BlockRef | None, ancestor: BlockRef) -> bool:
+        """Whether a block is `ancestor`, which is not here, or descends from it."""
+        if ref == ancestor:
+            return True
+        if ref is None or ancestor not in self._orphans:
+            return False  # Nobody here has it as a parent.
+        slot = self._index.get(ref)
+        while slot is not None and slot.parent != ancestor:
+            slot = slot.above
+        return slot is not None
 
     def _relate(self, slot: Slot) -> None:
         """Finds the relatives of a block that has come."""
@@ -279,14 +325,17 @@ class Memory:
         if slot is None:
             return False
         slot.view[:] = block.data
-        self.commit(slot, block.parent, block.digest)
-        return True
+        return self.commit(slot, block.parent, block.digest) is not None
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        return self.forget([self._index[ref] for ref in refs if ref in self._index])
+        """Also forgets the children of blocks that are not here: they wait for nobody now."""
+        here = [self._index[ref] for ref in refs if ref in self._index]
+        waiting = [child for ref in refs for child in self._orphans.get(ref, ())]
+        return self.forget([*here, *waiting])
 
     async def clear(self, namespace: bytes) -> int:
-        return await self.discard([ref for ref in self._index if ref.namespace == namespace])
+        known = [*self._index, *self._orphans]
+        return await self.discard([ref for ref in known if ref.namespace == namespace])
 
     def usage(self) -> list[Usage]:
         used = self._slabs.used_bytes

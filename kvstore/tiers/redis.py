@@ -117,7 +117,8 @@ class RedisTier:
             room -= HEADER_BYTES + len(payload)
             taken.append(room >= 0)
             if room >= 0:
-                for part, value in enumerate(self._cut(header, payload)):
+                # The first part last: who finds it shall find the others as well.
+                for part, value in reversed(list(enumerate(self._cut(header, payload)))):
                     pipeline.set(_key(block.ref, part), value, ex=self._ttl_s)
         if any(taken):
             await _ask(pipeline.execute())

@@ -28,6 +28,8 @@ _LAST = struct.Struct("<8sQQ16s")
 _LAST_MAGIC = b"KVSTEND1"
 _ENTRY = struct.Struct(f"<Q{HEADER_BYTES}s")
 _VERSION = 1
+MAX_ID = 2**32 - 1
+"""Records are numbered from their segment's id, shifted by half a number."""
 SCAN_BYTES = 1 << 20
 """Segments without footer are looked through in such steps."""
 _NAME = re.compile(r"([0-9a-f]{16})\.segment")
@@ -47,7 +49,8 @@ def file_name(segment_id: int) -> str:
 
 def segment_ids(names: list[str]) -> list[int]:
     """The ids of the segments among the files of a directory, oldest first."""
-    return sorted(int(match[1], 16) for name in names if (match := _NAME.fullmatch(name)))
+    ids = (int(match[1], 16) for name in names if (match := _NAME.fullmatch(name)))
+    return sorted(segment_id for segment_id in ids if 0 < segment_id < MAX_ID)
 
 
 def pages(size: int) -> int:
@@ -111,7 +114,11 @@ def check_first_page(files: Files, handle: int, segment_id: int, staging: Stagin
 
 
 def read_footer(files: Files, handle: int, staging: Staging) -> list[Placed] | None:
-    """The records that the footer names; None where there is no intact footer."""
+    """The records that the footer names; None where there is no intact footer.
+
+    The first of them must lie where it says: a block may end in what looks like a footer, but its
+    writer cannot know what else lies in the segment, nor what his own blocks are called there.
+    """
     size = files.size_bytes(handle)
     if size < 2 * PAGE_BYTES or size % PAGE_BYTES:
         return None
@@ -133,7 +140,12 @@ def read_footer(files: Files, handle: int, staging: Staging) -> list[Placed] | N
         except Damaged:
             return None
     end = size - footer_bytes(count)
-    return records if all(_lies_before(end, place) for place in records) else None
+    if not records or not all(_lies_before(end, place) for place in records):
+        return None
+    with staging.lent(PAGE_BYTES) as page:
+        there = files.read_into(handle, page, records[0].offset)
+        first = records[0].header.pack()
+        return records if there == PAGE_BYTES and page[:HEADER_BYTES] == first else None
 
 
 def _lies_before(end: int, place: Placed) -> bool:

@@ -31,6 +31,8 @@ from kvstore.tiers.segment import (
 _log = logging.getLogger("kvstore.disk")
 
 LEAST_SEGMENTS = 4
+SEQUENCE_BITS = 32
+"""A start numbers records from the last segment's id shifted by so much."""
 UNOPENED = -1
 """The handle of a segment that cannot be opened, and still takes its room."""
 
@@ -58,6 +60,15 @@ class Found(NamedTuple):
             h.kind, h.sequence, h.forgets, h.name, h.parent, h.tag, h.block_bytes, h.stored_bytes,
             h.expires_s, segment_id, place.offset,
         )  # fmt: skip
+
+
+def _is_numbered(header: Header, segment_id: int) -> bool:
+    """Whether a record can have been written into this segment: numbers grow from its id.
+
+    Those that nobody has given out would leave none for what comes.
+    """
+    most = (segment_id + 1) << SEQUENCE_BITS
+    return header.sequence < most and header.forgets < 2 * most
 
 
 class SegmentLog:
@@ -96,6 +107,8 @@ class SegmentLog:
         self._doubtful = False
         """A sync of the open segment has failed."""
         self._dropped: list[int] = []
+        self._undeletable: set[int] = set()
+        """Segments whose removal has failed: others go before they are tried again."""
 
     @property
     def count(self) -> int:
@@ -161,7 +174,11 @@ class SegmentLog:
         """Seals the open segment and begins the next."""
         self._seal_if_written()
         if self._open_id:
-            return  # Nothing was written to it: it serves on.
+            # Nothing was written to it: it serves on, once what failed to be is cut off.
+            self._cut(self._open_id, PAGE_BYTES)
+            if self._sizes[self._open_id] > PAGE_BYTES:
+                raise OSError(errno.EIO, "what could not be written cannot be cut off either")
+            return
         self._drop_what_is_too_much()  # What was surplus earlier and could not be deleted.
         segment_id = self.last_id = self.last_id + 1
         handle = self._files.open(file_name(segment_id), create=True)
@@ -219,7 +236,8 @@ class SegmentLog:
 
     def oldest_sealed(self) -> int | None:
         """The segment that goes first."""
-        return min(self._handles.keys() - {self._open_id}, default=None)
+        sealed = self._handles.keys() - {self._open_id}
+        return min(sealed - self._undeletable or sealed, default=None)
 
     def drop(self, segment_id: int) -> None:
         """Deletes a sealed segment, once what was written forward from it is on the device."""
@@ -230,7 +248,12 @@ class SegmentLog:
         self._remove(segment_id)
 
     def _remove(self, segment_id: int) -> None:
-        self._files.remove(file_name(segment_id))
+        try:
+            self._files.remove(file_name(segment_id))
+        except OSError:
+            self._undeletable.add(segment_id)
+            raise
+        self._undeletable.discard(segment_id)
         self._dropped.append(segment_id)
         del self._sizes[segment_id]
         self._close(self._handles.pop(segment_id))
@@ -316,7 +339,7 @@ class SegmentLog:
             except OSError as error:  # A full device, say; the next start scans it again.
                 _log.warning("segment %d could not be sealed: %s", segment_id, error)
         self._sizes[segment_id] = self._files.size_bytes(handle)
-        return records
+        return [place for place in records if _is_numbered(place.header, segment_id)]
 
     def _drop_what_is_too_much(self) -> None:
         """Makes room for one more segment; the limits may be smaller than in the run before."""

@@ -34,6 +34,10 @@ class Slabs:
         """What a block of `size` really takes."""
         return -(-size // PAGE_BYTES) * PAGE_BYTES
 
+    def share_bytes(self, size: int) -> int:
+        """What a block of `size` costs: its slot, and its part of what the slots leave unused."""
+        return self.slab_bytes // (self.slab_bytes // self.slot_bytes(size))
+
     def slab_of(self, offset: int) -> int:
         """Which slab a slot lies in."""
         return offset // self.slab_bytes

@@ -14,6 +14,7 @@ from kvstore.metrics import Metrics
 from kvstore.policy.policy import Use
 from kvstore.tiers.lending import Lending, Lent
 from kvstore.tiers.memory import Memory, Slot
+from kvstore.tiers.oblivion import Concerns, Oblivion, Watch
 
 BATCH_BYTES = 64 << 20
 """At most about this much goes to the slower tier at once, so that its deadline can hold."""
@@ -38,6 +39,9 @@ class Tiered:
     """`memory` over `slow`; without `slow`, what memory evicts is gone.
 
     One promotion per block however many ask: later callers wait for the first one's.
+
+    What is being forgotten is neither demoted nor promoted until it is, so that it cannot turn up
+    again behind the answer; nobody else waits for it.
     """
 
     name = "tiered"
@@ -48,6 +52,9 @@ class Tiered:
         self._slow = Lending(slow, metrics, keep_bytes=keep_bytes) if slow is not None else None
         self._metrics = metrics
         self._promoting: dict[BlockRef, asyncio.Task[dict[BlockRef, Acquired]]] = {}
+        self._going_below: dict[asyncio.Future[None], list[BlockRef]] = {}
+        """What is being written to the slower tier, by what will be done when it is over."""
+        self.oblivion = Oblivion()
         self._making_room = asyncio.Lock()
         self._demote_bytes = min(max(1, memory.capacity_bytes // 16), BATCH_BYTES)
 
@@ -80,17 +87,21 @@ class Tiered:
             slot = await self.reserve(block.ref, len(block.data))
             if slot is not None:
                 slot.view[:] = block.data
-                self.memory.commit(slot, block.parent, block.digest)
+                slot = self.memory.commit(slot, block.parent, block.digest)
             held.append(slot is not None)
         return held
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        gone = set(refs)
-        return await self._forget(lambda tier: tier.discard(refs), lambda ref: ref in gone)
+        gone, namespaces = set(refs), {ref.namespace for ref in refs}
+        return await self._forget(
+            lambda tier: tier.discard(refs), lambda ref: ref in gone, namespaces
+        )
 
     async def clear(self, namespace: bytes) -> int:
         return await self._forget(
-            lambda tier: tier.clear(namespace), lambda ref: ref.namespace == namespace
+            lambda tier: tier.clear(namespace),
+            lambda ref: ref.namespace == namespace,
+            {namespace},
         )
 
     def usage(self) -> list[Usage]:
@@ -127,7 +138,9 @@ class Tiered:
         mine = {
             want.ref: want
             for want in wants
-            if self.memory.find(want.ref) is None and want.ref not in self._promoting
+            if self.memory.find(want.ref) is None
+            and want.ref not in self._promoting
+            and not self.oblivion.concerns(want.ref)
         }
         begin = bool(mine) and self._slow is not None
         promotion = self._start_promotion(list(mine.values())) if begin else None
@@ -159,7 +172,7 @@ class Tiered:
     def pin(self, want: Want) -> Acquired | None:
         """The block, pinned, if it is in memory now."""
         slot = self.memory.find(want.ref)
-        if slot is None or len(slot.view) != want.size:
+        if slot is None or slot.size != want.size:
             return None
         return Acquired(self.memory.pin(slot), self.memory.name)
 
@@ -174,27 +187,38 @@ class Tiered:
             await self._write_below([slot for slot in self.memory.slots() if slot.indexed])
 
     async def _forget(
-        self, forget: Callable[[Tier], Awaitable[int]], concerns: Callable[[BlockRef], bool]
+        self,
+        forget: Callable[[Tier], Awaitable[int]],
+        concerns: Concerns,
+        namespaces: set[bytes],
     ) -> int:
-        """Forgets above and below, also what was between the two at that moment."""
-        copies = await self._forget_once(forget)
-        promoting = {task for ref, task in self._promoting.items() if concerns(ref)}
-        if promoting:
-            await asyncio.wait(promoting)
-            copies += await self._forget_once(forget)
-        return copies
-
-    async def _forget_once(self, forget: Callable[[Tier], Awaitable[int]]) -> int:
-        # Under the lock nothing is being demoted: what memory forgets does not turn up below.
-        async with self._making_room:
+        """Forgets above and below, also what is between the two at that moment."""
+        with self.oblivion.forgetting(concerns):
             copies = await forget(self.memory)
             if self._slow is None:
                 return copies
             try:
+                await self._wait_below(concerns)
                 copies += await forget(self._slow)
             finally:
-                copies += await forget(self.memory)  # What a promotion has brought up meanwhile.
-            return copies
+                copies += await forget(self.memory)  # What has been written meanwhile.
+            return copies + await self._forget_stranded(namespaces)
+
+    async def _forget_stranded(self, namespaces: set[bytes]) -> int:
+        """Forgets what waits in memory for a parent that was below, and went with its own."""
+        awaited = [ref for ref in self.memory.awaited() if ref.namespace in namespaces]
+        if not awaited or self._slow is None:
+            return 0
+        places = await self._slow.locate(awaited)
+        return self.memory.forget_waiting(
+            ref for ref, place in zip(awaited, places, strict=True) if place is None
+        )
+
+    async def _wait_below(self, concerns: Concerns) -> None:
+        """Returns when nothing of this is on its way below, where it would arrive too late."""
+        writes = [over for over, refs in self._going_below.items() if any(map(concerns, refs))]
+        if writes:
+            await asyncio.wait(writes)
 
     def _start_promotion(self, wants: list[Want]) -> "asyncio.Task[dict[BlockRef, Acquired]]":
         promotion = asyncio.create_task(self._promote(wants))
@@ -203,35 +227,61 @@ class Tiered:
         return promotion
 
     async def _promote(self, wants: list[Want]) -> dict[BlockRef, Acquired]:
-        reserved: list[tuple[Want, Slot]] = []
+        watch = self.oblivion.watch(ref for want in wants for ref in want[:2] if ref is not None)
+        reserved: dict[Want, Slot] = {}
         try:
             for want in wants:
                 slot = await self.reserve(want.ref, want.size)
                 if slot is None:
                     break
-                reserved.append((want, slot))
+                reserved[want] = slot
             assert self._slow is not None
-            answers = await self._slow.load([Load(w.ref, slot.view) for w, slot in reserved])
-            return self._commit_promoted(reserved, answers)
-        except BaseException:
-            for _, slot in reserved:
-                self.memory.abort(slot)
-            raise
+            loads = [Load(want.ref, slot.view) for want, slot in reserved.items()]
+            answers = await self._slow.load(loads)
+            arrived = dict(zip(reserved, answers, strict=True))
+            below = await self._parents_below(arrived)
+            return self._commit_promoted(reserved, arrived, below - watch.lost, watch)
         finally:
+            for slot in reserved.values():
+                self.memory.abort(slot)
             for want in wants:
                 del self._promoting[want.ref]
 
+    async def _parents_below(self, arrived: Mapping[Want, Loaded | None]) -> set[BlockRef]:
+        """The parents of what has arrived that lie below, where they neither came nor are here."""
+        asked = {want.ref for want in arrived}
+        parents = dict.fromkeys(want.parent for want, loaded in arrived.items() if loaded)
+        absent = [
+            ref
+            for ref in parents
+            if ref is not None and ref not in asked and self.memory.find(ref) is None
+        ]
+        if not absent:
+            return set()
+        assert self._slow is not None
+        places = await self._slow.locate(absent)
+        return {ref for ref, place in zip(absent, places, strict=True) if place is not None}
+
     def _commit_promoted(
-        self, reserved: list[tuple[Want, Slot]], answers: list[Loaded | None]
+        self,
+        reserved: dict[Want, Slot],
+        arrived: Mapping[Want, Loaded | None],
+        below: set[BlockRef],
+        watch: Watch,
     ) -> dict[BlockRef, Acquired]:
+        """Takes the slots of what can be matched: it has arrived, and its parent is somewhere."""
         promoted: dict[BlockRef, Acquired] = {}
-        for (want, slot), loaded in zip(reserved, answers, strict=True):
-            if loaded is None:
-                self.memory.abort(slot)
+        for want in _parents_first(arrived):
+            loaded, parent = arrived[want], want.parent
+            if loaded is None or want.ref in watch.lost:
                 continue
-            kept = self.memory.commit(slot, want.parent, loaded.digest)
-            promoted[want.ref] = Acquired(self.memory.pin(kept), loaded.tier)
-            self._metrics.promoted_blocks.labels(loaded.tier).inc()
+            here = parent is None or self.memory.find(parent) is not None
+            if not here and parent not in below:
+                continue
+            kept = self.memory.commit(reserved.pop(want), parent, loaded.digest)
+            if kept is not None:
+                promoted[want.ref] = Acquired(self.memory.pin(kept), loaded.tier)
+                self._metrics.promoted_blocks.labels(loaded.tier).inc()
         return promoted
 
     def _unpin_all(self, promotion: "asyncio.Task[dict[BlockRef, Acquired]]") -> None:
@@ -263,40 +313,65 @@ class Tiered:
         assert self._slow is not None
         family = [self.memory.pin(slot) for slot in self._with_ancestors(slots)]
         try:
-            refs = [slot.ref for slot in family]
-            wanted = await self._slow.wants(refs)
+            wanted = await self._slow.wants([slot.ref for slot in family])
+            held = {slot.ref for slot, want in zip(family, wanted, strict=True) if not want}
             missing = [slot for slot, want in zip(family, wanted, strict=True) if want]
-            blocks = [Block(slot.ref, slot.parent, slot.digest, slot.view) for slot in missing]
-            refused: set[BlockRef] = set()
-            for batch in _batches(blocks):
-                held = await self._slow.store(batch)
-                refused |= {b.ref for b, kept in zip(batch, held, strict=True) if not kept}
-            return set(refs) - refused
+            for batch in _batches(missing):
+                held |= await self._store_below(batch)
+            return held
         finally:
             for slot in family:
                 self.memory.unpin(slot)
+
+    async def _store_below(self, slots: Sequence[Slot]) -> set[BlockRef]:
+        """Stores what nobody has forgotten, or is forgetting; the refs that were taken."""
+        assert self._slow is not None
+        kept = [slot for slot in slots if slot.indexed and not self.oblivion.concerns(slot.ref)]
+        if not kept:
+            return set()
+        refs = [slot.ref for slot in kept]
+        blocks = [Block(slot.ref, slot.parent, slot.digest, slot.view) for slot in kept]
+        over = asyncio.get_running_loop().create_future()
+        self._going_below[over] = refs
+        try:
+            taken = await self._slow.store(blocks)
+        finally:
+            del self._going_below[over]
+            over.set_result(None)
+        return {ref for ref, took in zip(refs, taken, strict=True) if took}
 
     def _with_ancestors(self, slots: Sequence[Slot]) -> list[Slot]:
         """The slots and all their ancestors in memory, parents before children, each once."""
         family: dict[BlockRef, Slot] = {}
         for slot in slots:
-            line = [slot]
-            while (parent := line[-1].parent) is not None and parent not in family:
-                above = self.memory.find(parent)
-                if above is None:
-                    break
-                line.append(above)
-            for member in reversed(line):
-                family.setdefault(member.ref, member)
+            line: dict[BlockRef, Slot] = {}
+            above: Slot | None = slot
+            while above is not None and above.ref not in family and above.ref not in line:
+                line[above.ref] = above
+                above = above.above
+            family.update(reversed(line.items()))
         return list(family.values())
 
 
-def _batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
-    batch: list[Block] = []
+def _parents_first(wants: Iterable[Want]) -> list[Want]:
+    """Sorted so that nobody stands before its parent, without those who are in a circle."""
+    known = {want.ref: want for want in wants}
+    children: dict[BlockRef | None, list[Want]] = {}
+    for want in known.values():
+        parent = want.parent if want.parent in known else None
+        children.setdefault(parent, []).append(want)
+    placed = children.get(None, [])
+    for want in placed:
+        placed += children.get(want.ref, [])
+    return placed
+
+
+def _batches(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+    batch: list[Slot] = []
     size = 0
-    for block in blocks:
-        batch.append(block)
-        size += len(block.data)
+    for slot in slots:
+        batch.append(slot)
+        size += slot.size
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0

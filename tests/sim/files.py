@@ -130,8 +130,9 @@ class SimulatedFiles:
         return self._names[name].data
 
     def put(self, name: str, data: bytes) -> None:
-        """Makes or replaces a file, safely."""
-        self._names[name] = self._safe_names[name] = _File(bytearray(data), data)
+        """Makes a file of these bytes, safely; who has it open finds them there as well."""
+        file = self._safe_names[name] = self._names.setdefault(name, _File())
+        file.data[:], file.safe, file.unsafe = data, bytes(data), []
 
     def flip(self, name: str, bit: int) -> None:
         """Flips one bit of one file, on the device as well."""

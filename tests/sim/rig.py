@@ -26,6 +26,7 @@ from tests.sim.runner import InlineRunner
 
 SEGMENT_BYTES = 1 << 18
 SYNC_AFTER_S = 30.0
+RUNNER_CLOSE_S = 30.0
 
 
 class Checked(Protocol):
@@ -52,6 +53,7 @@ class Rig:
         self._open: list[Tier] = []
         self._memories: list[Memory] = []
         self._closers: list[Callable[[], None]] = []
+        self._runners: list[ThreadRunner] = []
 
     def memory(
         self, slots: int = 64, *, slot_bytes: int = 2 * PAGE_BYTES, policy_name: str = "lru"
@@ -123,7 +125,7 @@ class Rig:
     def threads(self) -> ThreadRunner:
         """Real threads, ended at the end."""
         runner = ThreadRunner(2)
-        self._closers.append(runner.close)
+        self._runners.append(runner)
         return runner
 
     def guarded(self, inner: Tier, *, timeout_s: float = 30.0) -> Guarded:
@@ -169,6 +171,8 @@ class Rig:
         finally:
             for tier in reversed(self._open):
                 await tier.close()
+            for runner in self._runners:
+                await runner.close(RUNNER_CLOSE_S)
             for close in reversed(self._closers):
                 close()
 

@@ -15,8 +15,8 @@ class InlineRunner:
     async def run(self, work: Callable[[], T]) -> T:
         return work()
 
-    def close(self) -> None:
-        return
+    async def close(self, timeout_s: float) -> bool:
+        return True
 
 
 class GatedRunner:
@@ -66,5 +66,5 @@ class GatedRunner:
             do()
         await settle()
 
-    def close(self) -> None:
-        return
+    async def close(self, timeout_s: float) -> bool:
+        return not self._waiting

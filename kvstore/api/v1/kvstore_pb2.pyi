@@ -250,7 +250,9 @@ class MatchRequest(_message.Message):
     keys: _builtins.bytes
     """the chain, parents first: 32 bytes each, at most 65,536"""
     lease_ms: _builtins.int
-    """how long the lease shall hold; 0: no lease; clamped by the node"""
+    """keys × space_ids × scopes: at most 65,536
+    how long the lease shall hold; 0: no lease; clamped by the node
+    """
     held_blocks: _builtins.int
     """so many leading blocks the caller has itself: they count as"""
     @_builtins.property
@@ -259,7 +261,7 @@ class MatchRequest(_message.Message):
 
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """searched in order; empty: the private one"""
+        """searched in order; empty: the private one;"""
 
     @_builtins.property
     def hint(self) -> Global___ReuseHint: ...

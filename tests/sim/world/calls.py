@@ -165,12 +165,16 @@ class Calls:
             lease.lease_id, running.process.name, question.tenant, question.request_id,
             question.asked, self._oracle.tick(), lease.expires_s,
         )  # fmt: skip
-        for runs, wants in zip(matched.runs, lease.wants, strict=True):
+        for space, runs, wants in zip(question.spaces, matched.runs, lease.wants, strict=True):
             leased = [run.leased for run in runs for _ in range(run.blocks)]
-            tail = leased[len(leased) - len(wants) :]
+            needs = needed(SPACES[space], matched.blocks)
+            # A lease names what it has room for, and that is where the needed blocks begin.
+            tail = [leased[at] for at in needs if at >= question.held_blocks]
             promise.blocks |= {
-                names_by_ref()[want.ref] for want, kept in zip(wants, tail, strict=True) if kept
+                names_by_ref()[want.ref] for want, kept in zip(wants, tail, strict=False) if kept
             }
+            if any(tail[len(wants) :]):
+                raise Broken("leased is said to be what the lease does not name")
         self._oracle.promises.append(promise)
 
     async def release(self, running: Running, tenant: str, lease_id: bytes) -> None:

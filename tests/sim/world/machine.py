@@ -40,6 +40,7 @@ SLAB_BYTES = 4 * 8192
 STOP_ROUNDS = 200
 DRAIN_S = 0.5
 FLUSH_S = 1.0
+CLOSE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,9 @@ class Machine:
         for call in list(running.calls):
             call.cancel()
         await settle()
-        await running.process.spawn(running.node.close(flush_timeout_s=FLUSH_S))
+        await running.process.spawn(
+            running.node.close(flush_timeout_s=FLUSH_S, close_timeout_s=CLOSE_S)
+        )
         await settle()
         self.running = None
         self.ledger.ended(running, power=False, cleanly=True)

@@ -87,7 +87,7 @@ BUGS = (
     ),
     _bug(
         "leases have no cap",
-        (f"{_LEASES}.reserve", "return False", "pass"),
+        (f"{_LEASES}.reserve", "min(count, room)", "count"),
     ),
     _bug(
         "a repeated match gets a second lease",
@@ -125,7 +125,7 @@ BUGS = (
     ),
     _bug(
         "a load that failed counts as a hit",
-        (f"{_TIERED}._commit_promoted", "if loaded is None:", "if False:"),
+        (f"{_TIERED}._commit_promoted", "loaded is None or", ""),
         (f"{_TIERED}._commit_promoted", "loaded.digest", "loaded.digest if loaded else b''"),
         (f"{_TIERED}._commit_promoted", "loaded.tier)\n", "'disk')\n"),
         (f"{_TIERED}._commit_promoted", "labels(loaded.tier)", "labels('disk')"),
@@ -150,12 +150,14 @@ BUGS = (
     ),
     _bug(
         "discard forgets in memory alone",
-        (f"{_TIERED}._forget_once", "copies += await forget(self._slow)", "pass"),
+        (f"{_TIERED}._forget", "copies += await forget(self._slow)", "pass"),
         quick=True,
     ),
     _bug(
         "discard overlooks what is being promoted",
-        (f"{_TIERED}._forget_once", "copies += await forget(self.memory)", "pass"),
+        (f"{_TIERED}._commit_promoted", "or want.ref in watch.lost", ""),
+        (f"{_TIERED}._forget", "copies += await forget(self.memory)", "pass"),
+        (f"{_TIERED}.acquire", "and not self.oblivion.concerns(want.ref)", ""),
     ),
     _bug(
         "sealed is said before the sync",

@@ -46,5 +46,5 @@ class SeededRunner:
         if not outcome.done():
             outcome.set_result(result)
 
-    def close(self) -> None:
-        return
+    async def close(self, timeout_s: float) -> bool:
+        return True
