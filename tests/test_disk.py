@@ -467,6 +467,9 @@ async def test_a_volume_smaller_than_the_capacity_is_used_like_a_smaller_capacit
     assert files.injected["enospc"] > 0
     assert taken > 50
     assert await tier.discard([block.ref for block in blocks]) == 4
+    everything = [block for number in range(60) for block in chain(f"{number}", 4)]
+    assert any(await present(tier, everything)), "read and compared, byte by byte"
+    assert rig.counted("corrupt", tier="disk") == 0
     assert not any(await present(tier, chain("0", 4)))
     kill(rig, files, tier)
     await serves(await small(rig, files), "restarted", 1)

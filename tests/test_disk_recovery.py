@@ -1,5 +1,6 @@
 """The disk tier's start: what it believes of the files that an earlier run left."""
 
+import contextlib
 import errno
 import os
 import random
@@ -11,8 +12,10 @@ import xxhash
 
 from kvstore.api.tier import Block
 from kvstore.files import PAGE_BYTES
-from kvstore.record import HEADER_BYTES, Header
-from kvstore.tiers.segment import Placed, file_name, pack_footer
+from kvstore.record import HEADER_BYTES, Damaged, Header, Kind
+from kvstore.tiers.disk_index import survivors
+from kvstore.tiers.segment import MAX_ID, Placed, file_name, pack_footer
+from kvstore.tiers.segment_log import Found
 from tests.disk_rig import (
     RECORD_BYTES,
     SIZE,
@@ -301,6 +304,77 @@ async def test_a_footer_that_points_elsewhere_is_not_believed(rig: Rig, offset: 
     tier = await rig.disk(files)
     assert await present(tier, blocks) == [True] * 4
     assert rig.counted("corrupt", tier="disk") == 0
+
+
+@pytest.mark.parametrize("entries", [0, 1])
+async def test_a_block_that_ends_like_a_segment_is_no_footer(rig: Rig, entries: int) -> None:
+    """Who writes the last block of an open segment does not say what lies in it."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    others = chain("others", 4)
+    [mine] = chain("mine", 1)
+    claimed = [Placed(PAGE_BYTES, Header(name=mine.ref.key, forgets=1 << 60))] * entries
+    footer = pack_footer(claimed)
+    data = memoryview(bytes(PAGE_BYTES) + footer)
+    await tier.store([*others, mine._replace(data=data)])
+    kill(rig, files, tier)
+    assert files.content(file_name(1)).endswith(footer)
+    tier = await rig.disk(files)
+    assert await present(tier, others) == [True] * 4
+    assert await tier.store(chain("new", 2)) == [True] * 2
+
+
+@pytest.mark.parametrize("number", [0, MAX_ID, (1 << 64) - 1])
+async def test_a_segment_with_a_number_that_nobody_gives_is_a_strangers(
+    rig: Rig, number: int
+) -> None:
+    """Numbering behind it would leave none for what comes."""
+    files = SimulatedFiles()
+    files.put(file_name(number), b"")
+    await serves(await small(rig, files), "beside it", 12)
+    assert file_name(number) in files.names()
+
+
+class Counted(bytes):
+    """A name that counts how often any was looked up."""
+
+    lookups = 0
+
+    def __hash__(self) -> int:
+        Counted.lookups += 1
+        return super().__hash__()
+
+
+def test_orphans_cost_a_start_no_more_than_others() -> None:
+    """A chain without its beginning is walked once, however long it is."""
+    count, before = 2000, Counted.lookups
+    names = [Counted(number.to_bytes(32, "big")) for number in range(count + 1)]
+    found = [
+        Found(Kind.BLOCK, at, 0, names[at], names[at - 1], bytes(16), 9, 9, 0, 1, at * PAGE_BYTES)
+        for at in range(1, count + 1)
+    ]
+    assert survivors(found) == []
+    assert Counted.lookups - before < 50 * count
+
+
+async def test_both_halves_of_a_forget_record_lie_together(rig: Rig) -> None:
+    """Or a write that fails between them would leave one that nobody counts."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    places: dict[int, set[str]] = {}
+    for number in range(60):
+        blocks = chain(f"{number}", number % 3 + 1)
+        await tier.store(blocks)
+        await tier.discard([blocks[-1].ref])
+        for name in files.names():
+            content = files.content(name)
+            for at in range(PAGE_BYTES, len(content), PAGE_BYTES):
+                with contextlib.suppress(Damaged):
+                    header = Header.unpack(bytes(content[at : at + HEADER_BYTES]))
+                    if header.kind is Kind.FORGET_BLOCK:
+                        places.setdefault(header.forgets, set()).add(name)
+    assert len(places) == 60
+    assert all(len(names) == 1 for names in places.values())
 
 
 async def test_what_is_stored_after_a_start_that_could_not_read_is_the_latest(rig: Rig) -> None:

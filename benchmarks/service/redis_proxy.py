@@ -80,8 +80,7 @@ class RedisProxy:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._server.close()
-        self._thread.run(self._hang_up())
+        self._thread.run(self._close())
         self._thread.stop()
 
     def spoil(self, spoiling: Spoiling) -> None:
@@ -96,6 +95,10 @@ class RedisProxy:
     def hang_up(self) -> None:
         """Ends all connections."""
         self._thread.run(self._hang_up())
+
+    async def _close(self) -> None:
+        self._server.close()
+        await self._hang_up()
 
     async def _hang_up(self) -> None:
         for writer in list(self._writers):
