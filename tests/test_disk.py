@@ -475,6 +475,19 @@ async def test_a_volume_smaller_than_the_capacity_is_used_like_a_smaller_capacit
     await serves(await small(rig, files), "restarted", 1)
 
 
+async def test_what_leaves_a_full_volume_is_written_again_as_it_was(rig: Rig) -> None:
+    """A batch larger than the room pushes out its own beginning, and begins once more."""
+    files = SimulatedFiles(room_bytes=2 * SMALL_SEGMENT - PAGE_BYTES)
+    tier = await small(rig, files)
+    here = 0
+    for number in range(40):
+        blocks = chain(f"{number}", 3 + number % 8)
+        await attempt(tier.store(blocks))
+        here += sum(await present(tier, blocks))
+    assert here > 20
+    assert rig.counted("corrupt", tier="disk") == 0
+
+
 async def test_a_device_that_never_has_room_costs_two_segments(rig: Rig) -> None:
     """Where making room does not help, what else is there stays."""
     files = SimulatedFiles()
