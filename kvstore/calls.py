@@ -126,8 +126,9 @@ class Calls:
         except TimeoutError:
             status = grpc.StatusCode.DEADLINE_EXCEEDED
             await context.abort(status, f"server.max_deadline_s: {self._max_deadline_s:g} s")
-        except Exception:
-            if not context.done():  # Otherwise its caller is gone, which gRPC says like this.
+        except Exception as error:
+            # What comes from gRPC itself says that the caller is gone.
+            if not type(error).__module__.startswith("grpc."):
                 status = grpc.StatusCode.UNKNOWN
                 _log.exception("%s failed", op)
             raise

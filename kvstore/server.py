@@ -31,6 +31,7 @@ from kvstore.config import (
     DATA_HOME,
     ClusterSettings,
     DiskSettings,
+    MemorySettings,
     RedisSettings,
     Settings,
 )
@@ -121,11 +122,17 @@ class NodeServer:
         runner = ThreadRunner(settings.disk.threads)
         let_go: list[Callable[[], None]] = []
         guards: list[Guarded] = []
-        slow, disk = await _slow_tiers(
-            settings, runner, clock, metrics, events, let_go, guards, wrap
-        )
-        policy = make_policy(settings.memory.policy, settings.memory.capacity_bytes)
-        memory = Memory(settings.memory.capacity_bytes, settings.memory.slab_bytes, policy, clock)
+        memory = _memory(settings.memory, clock)
+        try:
+            slow, disk = await _slow_tiers(
+                settings, runner, clock, metrics, events, let_go, guards, wrap
+            )
+        except BaseException:
+            await memory.close()
+            await runner.close(CLOSE_S / 2)
+            for end in let_go:
+                end()
+            raise
         leased_bytes = int(settings.memory.capacity_bytes * settings.leases.memory_fraction)
         node_id = settings.cluster.node_id or f"{socket.gethostname()}-{port}"
         node = Node(
@@ -271,6 +278,11 @@ async def _slow_tiers(
     if redis is not None and disk is not None:
         return Beside(redis, disk), tier
     return redis or disk, tier
+
+
+def _memory(settings: MemorySettings, clock: Clock) -> Memory:
+    policy = make_policy(settings.policy, settings.capacity_bytes)
+    return Memory(settings.capacity_bytes, settings.slab_bytes, policy, clock)
 
 
 def _guarded(

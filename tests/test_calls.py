@@ -32,10 +32,6 @@ class OneCall:
         """Until its deadline."""
         return self._left_s
 
-    def done(self) -> bool:
-        """Whether its caller is gone."""
-        return False
-
     def peer(self) -> str:
         """From where it comes."""
         return "here"

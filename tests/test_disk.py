@@ -614,10 +614,15 @@ async def test_a_crash_of_the_machine_anywhere_is_survived(rig: Rig, rng: random
     What was forgotten stays so. What was said to be on the device is there, unless its segment
     had to go to make room for the start.
     """
-    seed = str(rng.random())
-    total = await operations_of_script(rig, seed, CHANGES)
+    # Two, because one may store nothing that is safe for long.
+    seeds = [str(rng.random()), str(rng.random())]
+    totals = [await operations_of_script(rig, seed, CHANGES) for seed in seeds]
     kept = 0
-    for number in range(1, total + 1):
+    for seed, number in [
+        (seed, number + 1)
+        for seed, total in zip(seeds, totals, strict=True)
+        for number in range(total)
+    ]:
         files = SimulatedFiles()
         tier = await tiny(rig, files)
         safe: Safe = {}
