@@ -147,7 +147,7 @@ PROOF = Proof(
             f">= -{WITHIN_POINTS_GENERATED:g}",
         ),
     ),
-    trials={"test": 1_000, "short": 2_000, "long": 8_000},
+    trials={"test": 1_000, "short": 5_000, "long": 8_000},
     run=run,
     beside=(),
 )
