@@ -503,16 +503,17 @@ async def test_a_device_that_never_has_room_costs_two_segments(rig: Rig) -> None
 
 
 async def test_what_cannot_be_cut_off_is_counted(rig: Rig) -> None:
-    """A footer whose sync fails and that cannot be taken away again takes its room."""
+    """A footer of which a part was written and that cannot be taken away again takes its room."""
     files = SimulatedFiles()
     tier = await small(rig, files)
     await tier.store(chain("first", 4))
-    files.fault = FailAlways(errno.EIO, ["sync", "truncate"])
+    files.room_bytes = files.total_bytes + PAGE_BYTES
+    files.fault = FailAlways(errno.EIO, ["truncate"])
     assert not await attempt(tier.store(chain("second", 1)))
     assert files.injected["truncate"] > 0
     tier.check()
     assert tier.usage()[0].used_bytes >= files.total_bytes
-    files.fault = None
+    files.fault = files.room_bytes = None
     await serves(tier, "after", 12)
     assert files.peak_bytes <= SMALL_CAPACITY
 

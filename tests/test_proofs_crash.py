@@ -137,7 +137,7 @@ def test_a_torn_tail_that_is_believed_is_found(monkeypatch: pytest.MonkeyPatch, 
     """A tier that takes a record whose write was cut off serves holes in place of its bytes."""
     monkeypatch.setattr(segment, "is_intact", lambda *parts: True)
     believe_payloads(monkeypatch)
-    assert "wrong bytes" in str(killed(40, seed).details)
+    assert "wrong bytes" in str(killed(160, seed).details)
 
 
 def test_a_forget_record_that_is_not_written_is_found(

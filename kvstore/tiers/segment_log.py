@@ -107,8 +107,6 @@ class SegmentLog:
         self._doubtful = False
         """A sync of the open segment has failed."""
         self._dropped: list[int] = []
-        self._undeletable: set[int] = set()
-        """Segments whose removal has failed: others go before they are tried again."""
 
     @property
     def count(self) -> int:
@@ -220,6 +218,8 @@ class SegmentLog:
         if not self._open_id or not self._records:
             return
         segment_id, records = self._open_id, self._records
+        # First the records: a power cut may keep a footer and lose what it speaks of.
+        self.sync()
         self._seal(segment_id, records)
         self._announce(segment_id, records[self._safe_records :])
         self._open_id, self._records, self._safe_records = 0, [], 0
@@ -235,9 +235,8 @@ class SegmentLog:
         return self.oldest_sealed()
 
     def oldest_sealed(self) -> int | None:
-        """The segment that goes first."""
-        sealed = self._handles.keys() - {self._open_id}
-        return min(sealed - self._undeletable or sealed, default=None)
+        """The segment that goes first. Never a newer one: it says what is forgotten in this."""
+        return min(self._handles.keys() - {self._open_id}, default=None)
 
     def drop(self, segment_id: int) -> None:
         """Deletes a sealed segment, once what was written forward from it is on the device."""
@@ -248,12 +247,7 @@ class SegmentLog:
         self._remove(segment_id)
 
     def _remove(self, segment_id: int) -> None:
-        try:
-            self._files.remove(file_name(segment_id))
-        except OSError:
-            self._undeletable.add(segment_id)
-            raise
-        self._undeletable.discard(segment_id)
+        self._files.remove(file_name(segment_id))
         self._dropped.append(segment_id)
         del self._sizes[segment_id]
         self._close(self._handles.pop(segment_id))
