@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 import xxhash
 
+from kvstore.api.errors import TierError
 from kvstore.api.tier import Block
 from kvstore.files import PAGE_BYTES
 from kvstore.record import HEADER_BYTES, Damaged, Header, Kind
@@ -355,6 +356,47 @@ def test_orphans_cost_a_start_no_more_than_others() -> None:
     ]
     assert survivors(found) == []
     assert Counted.lookups - before < 50 * count
+
+
+async def test_records_are_on_the_device_before_their_footer(rig: Rig) -> None:
+    """Or a power cut might keep a footer and lose what it speaks of."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    done: list[str] = []
+    files.fault = lambda operation, name: done.append(operation) if name == file_name(1) else None
+    await tier.store(chain(count=6))
+    assert file_name(2) in files.names()
+    assert done[-4:] == ["write", "sync", "write", "sync"]
+
+
+async def test_forget_records_reach_the_device_in_their_order(rig: Rig) -> None:
+    """Or a power cut might keep the later of two, and the earlier would be missed for ever."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    blocks = chain(count=3)
+    await tier.store(blocks)
+    done: list[str] = []
+    files.fault = lambda operation, name: done.append(operation)
+    await tier.discard(refs_of(blocks))
+    assert done == ["write", "write", "sync"] * 3
+
+
+async def test_what_cannot_be_deleted_is_not_passed_over(rig: Rig) -> None:
+    """A newer segment says what is forgotten in an older one, and never goes before it."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    gone = chain("gone", 2)
+    await tier.store(gone)
+    for number in range(3):
+        await tier.store(chain(f"{number}", 5))
+    files.fault = FailAlways(errno.EIO, ["remove"], lambda name: name == file_name(1))
+    await tier.discard(refs_of(gone))
+    for number in range(30):
+        with contextlib.suppress(TierError):
+            await tier.store(chain(f"more {number}", 5))
+    assert files.injected["remove"] > 0
+    kill(rig, files, tier)
+    assert await present(await small(rig, files), gone) == [False] * 2
 
 
 async def test_both_halves_of_a_forget_record_lie_together(rig: Rig, rng: random.Random) -> None:
