@@ -18,7 +18,7 @@ from rich.console import Console
 from benchmarks.proof import machine, table, trace_arguments, trace_options
 from benchmarks.prove import MODULES, run_module
 
-PIECES = 2
+PIECES = 4
 """A row that counts trials is run in about so many pieces."""
 MOST_PIECES = 200
 """However small a piece turns out: a proof that makes no progress does not go on forever."""
