@@ -20,7 +20,8 @@ from kvstore.names import block_name, namespace_tag
 HEADER_BYTES = 256
 FORMAT_VERSION = 1
 
-_MAGIC = b"KVSR"
+MAGIC = b"KVSR"
+"""With it every record begins."""
 _XXH3_128 = 1
 _HAS_PARENT = 1
 # magic, version, kind, codec, digest algorithm, flags, 2 reserved; sequence, block bytes,
@@ -66,7 +67,7 @@ class Header:
     def pack(self) -> bytes:
         """The 256 bytes of the header."""
         body = _LAYOUT.pack(
-            _MAGIC, FORMAT_VERSION, self.kind, self.codec, _XXH3_128,
+            MAGIC, FORMAT_VERSION, self.kind, self.codec, _XXH3_128,
             _HAS_PARENT if self.parent is not None else 0,
             self.sequence, self.block_bytes, self.stored_bytes, self.created_s, self.expires_s,
             self.tag, self.name, self.parent or bytes(32), self.digest, self.payload_digest,
@@ -82,7 +83,7 @@ class Header:
         (magic, version, kind, codec, algorithm, flags, sequence, block_bytes, stored_bytes,
          created_s, expires_s, tag, name, parent, digest, payload_digest, key_id, _nonce,
          forgets, header_digest) = _LAYOUT.unpack(packed)  # fmt: skip
-        if magic != _MAGIC or header_digest != xxhash.xxh3_128_digest(packed[:_DIGEST_OFFSET]):
+        if magic != MAGIC or header_digest != xxhash.xxh3_128_digest(packed[:_DIGEST_OFFSET]):
             raise Damaged("record header: its digest does not match")
         if version != FORMAT_VERSION or algorithm != _XXH3_128 or key_id != bytes(16):
             raise Damaged(f"record header: written by another version ({version}/{algorithm})")

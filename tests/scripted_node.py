@@ -234,13 +234,13 @@ class Health(grpc.GenericRpcHandler):
 
 @contextlib.asynccontextmanager
 async def serving(
-    node: ScriptedNode, health: Health | None = None
+    node: ScriptedNode, health: Health | None = None, at: str = "127.0.0.1:0"
 ) -> AsyncIterator[tuple[str, grpc.aio.Server]]:
     """The endpoint at which the node answers, and the server that a test may stop."""
     server = grpc.aio.server()
     pb_grpc.add_KVStoreServicer_to_server(node, server)
     server.add_generic_rpc_handlers((health or Health(),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(at)
     await server.start()
     try:
         yield f"127.0.0.1:{port}", server

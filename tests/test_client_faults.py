@@ -368,3 +368,17 @@ async def test_a_restarted_node_is_found_again() -> None:
         assert (await client.match([space], [key(0)])).blocks == 1
     await client.close()
     await second.stop(None)
+
+
+async def test_a_new_client_does_not_wait_for_what_another_was_refused(
+    unused_endpoint: str,
+) -> None:
+    """It tries for itself, while the other one waits before it tries again."""
+    async with AsyncClient(unused_endpoint, budgets=PATIENT) as refused:
+        with pytest.raises(Unavailable):
+            await refused.open_space(descriptor())
+        async with (
+            serving(ScriptedNode(), at=unused_endpoint),
+            AsyncClient(unused_endpoint, budgets=PATIENT) as client,
+        ):
+            await client.open_space(descriptor())

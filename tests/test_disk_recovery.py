@@ -30,8 +30,8 @@ from tests.disk_rig import (
     small,
 )
 from tests.sim.blocks import present
-from tests.sim.files import FailAlways, SimulatedFiles
-from tests.sim.rig import Rig
+from tests.sim.files import FailAlways, FailNth, SimulatedFiles
+from tests.sim.rig import SYNC_AFTER_S, Rig
 
 # Restarts.
 
@@ -367,6 +367,59 @@ async def test_records_are_on_the_device_before_their_footer(rig: Rig) -> None:
     await tier.store(chain(count=6))
     assert file_name(2) in files.names()
     assert done[-4:] == ["write", "sync", "write", "sync"]
+
+
+async def test_what_a_start_found_is_on_the_device_before_its_footer(rig: Rig) -> None:
+    """A killed process left it in the page cache, perhaps."""
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    await tier.store(chain())
+    kill(rig, files, tier)
+    done: list[str] = []
+    files.fault = lambda operation, name: done.append(operation)
+    await rig.disk(files)
+    assert done[-5:] == ["truncate", "sync", "write", "sync", "size"]
+
+
+async def test_records_that_may_not_be_on_the_device_get_no_footer(rig: Rig) -> None:
+    """It would outlive them in a power cut; without it the next start looks for them."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    blocks = chain(count=12)
+    await tier.store(blocks[:2])
+    files.fault = FailNth(1, errno.EIO, ["sync"])
+    await rig.clock.advance(SYNC_AFTER_S)
+    assert files.injected["sync"] == 1
+    await tier.store(blocks[2:])
+    assert file_name(2) in files.names()
+    # The second block never came to the device.
+    start = PAGE_BYTES + RECORD_BYTES
+    files.content(file_name(1))[start : start + RECORD_BYTES] = bytes(RECORD_BYTES)
+    kill(rig, files, tier)
+    tier = await small(rig, files)
+    here = [block is not None for block in await tier.locate(refs_of(blocks))]
+    assert here == [True] + [False] * 11
+
+
+async def test_a_block_that_holds_records_is_not_stored(rig: Rig, rng: random.Random) -> None:
+    """Were its own header torn, the next start would take them for blocks of their names."""
+    original = SimulatedFiles()
+    tier = await rig.disk(original)
+    [mine, theirs] = chain("mine", 2)
+    await tier.store([mine])
+    await close(rig, original, tier)
+    record = original.content(file_name(1))[PAGE_BYTES : PAGE_BYTES + RECORD_BYTES]
+    files = SimulatedFiles()
+    tier = await rig.disk(files)
+    page = memoryview(rng.randbytes(PAGE_BYTES))
+    forger = theirs._replace(data=memoryview(bytes(page) + record), parent=None)
+    assert await tier.store([forger, *chain("other", 2)]) == [False, True, True]
+    assert await tier.store([forger._replace(data=page)]) == [True]
+    kill(rig, files, tier)
+    content = files.content(file_name(1))
+    for at in range(PAGE_BYTES, len(content), PAGE_BYTES):
+        content[at] ^= 1  # No header is as it was written.
+    assert await present(await rig.disk(files), [mine]) == [False]
 
 
 async def test_forget_records_reach_the_device_in_their_order(rig: Rig) -> None:

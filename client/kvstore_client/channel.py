@@ -16,6 +16,8 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A new client does not wait for what another one in this process was refused a moment ago.
+    ("grpc.use_local_subchannel_pool", 1),
     # Nodes are reached directly; a proxy for the web would only swallow the bytes.
     ("grpc.enable_http_proxy", 0),
 ]

@@ -34,7 +34,7 @@ from kvstore.record import (
 from kvstore.runner import Runner
 from kvstore.staging import Loan, Staging
 from kvstore.tiers.disk_index import DiskIndex, Entry, survivors
-from kvstore.tiers.segment import Placed, pack_header_page, pages
+from kvstore.tiers.segment import Placed, imitates_records, pack_header_page, pages
 from kvstore.tiers.segment_log import SEQUENCE_BITS, Found, SegmentLog
 
 _log = logging.getLogger("kvstore.disk")
@@ -334,7 +334,7 @@ class DiskTier:
             encode = partial(staged, codec=self._codec, staging=self._staging)
             now_s = self._clock.wall_s()
             work = [self._runner.run(partial(encode, block, now_s=now_s)) for block in fresh]
-            records = await asyncio.gather(*work)
+            records = [record for record in await asyncio.gather(*work) if record is not None]
             await self._change(lambda: self._append_or_yield(records))
         return [self._find(block.ref) is not None for block in blocks]
 
@@ -542,9 +542,14 @@ class DiskTier:
                 _log.warning("what was stored lately is not on the device yet: %s", error)
 
 
-def staged(block: Block, codec: Codec, staging: Staging, now_s: float) -> Staged:
-    """The record of a block. It owns its bytes: the write may outlive the block's buffer."""
+def staged(block: Block, codec: Codec, staging: Staging, now_s: float) -> Staged | None:
+    """The record of a block. It owns its bytes: the write may outlive the block's buffer.
+
+    None for a block that holds what could be taken for other blocks' records.
+    """
     header, payload = encode_block(block, codec, now_s=now_s)
+    if imitates_records(memoryview(payload)):
+        return None
     loan = staging.borrow(PAGE_BYTES + pages(len(payload)))
     end = PAGE_BYTES + len(payload)
     loan.view[PAGE_BYTES:end] = payload

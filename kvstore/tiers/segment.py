@@ -19,7 +19,7 @@ from typing import NamedTuple
 import xxhash
 
 from kvstore.files import PAGE_BYTES, Files
-from kvstore.record import HEADER_BYTES, Damaged, Header
+from kvstore.record import HEADER_BYTES, MAGIC, Damaged, Header
 from kvstore.staging import Staging
 
 _FIRST = struct.Struct("<8sIQ")
@@ -179,6 +179,21 @@ def scan(files: Files, handle: int, staging: Staging) -> Iterator[Placed]:
                 offset += record_bytes(header)
             else:
                 offset += PAGE_BYTES
+
+
+def imitates_records(payload: memoryview) -> bool:
+    """Whether a page of it begins as a record does.
+
+    Were it stored and the header before it torn, `scan` would believe what its writer put there.
+    """
+    firsts = bytes(payload[::PAGE_BYTES])
+    page = firsts.find(MAGIC[:1])
+    while page >= 0:
+        start = page * PAGE_BYTES
+        if payload[start : start + len(MAGIC)] == MAGIC:
+            return True
+        page = firsts.find(MAGIC[:1], page + 1)
+    return False
 
 
 def is_intact(files: Files, handle: int, place: Placed, size: int, staging: Staging) -> bool:

@@ -217,11 +217,11 @@ class SegmentLog:
     def _seal_if_written(self) -> None:
         if not self._open_id or not self._records:
             return
-        segment_id, records = self._open_id, self._records
         # First the records: a power cut may keep a footer and lose what it speaks of.
         self.sync()
-        self._seal(segment_id, records)
-        self._announce(segment_id, records[self._safe_records :])
+        if not self._doubtful:
+            self._seal(self._open_id, self._records)
+        # Else records may be missing after a power cut: the next start has to look for them.
         self._open_id, self._records, self._safe_records = 0, [], 0
         self._doubtful = False
 
@@ -330,6 +330,7 @@ class SegmentLog:
             self._sizes[segment_id] = end
             try:
                 self._files.truncate(handle, end)
+                self._sync(segment_id)
                 self._seal(segment_id, records)
                 self._announce(segment_id, records)
             except OSError as error:  # A full device, say; the next start scans it again.
