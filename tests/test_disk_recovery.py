@@ -401,6 +401,22 @@ async def test_records_that_may_not_be_on_the_device_get_no_footer(rig: Rig) -> 
     assert here == [True] + [False] * 11
 
 
+async def test_a_footer_that_is_still_to_come_has_its_room(rig: Rig) -> None:
+    """Or the next start would have to drop the oldest segment for it."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    files.fault = FailNth(1, errno.EIO, ["sync"])
+    await tier.store(chain(count=2))
+    await rig.clock.advance(SYNC_AFTER_S)
+    assert files.injected["sync"] == 1
+    await tier.store(chain("more", 6))
+    await close(rig, files, tier)
+    counted_bytes = tier.usage()[0].used_bytes
+    assert counted_bytes > files.total_bytes
+    await small(rig, files)
+    assert files.total_bytes == counted_bytes
+
+
 async def test_a_block_that_holds_records_is_not_stored(rig: Rig, rng: random.Random) -> None:
     """Were its own header torn, the next start would take them for blocks of their names."""
     original = SimulatedFiles()

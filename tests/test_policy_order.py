@@ -225,6 +225,22 @@ def test_blocks_that_are_their_own_ancestors_can_go(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_the_smallest_of_tiers_has_an_order(name: str) -> None:
+    """Room for one block, of which experts may get nothing: they come to an end all the same."""
+    policy = make_policy(name, 1)
+    here: list[int] = []
+    for now_s, block in enumerate([2, 2, 0, 2, 3]):
+        policy.use(Use([block], float(now_s), 1))
+        if block in here:
+            continue
+        for gone in here:
+            assert list(policy.victims(float(now_s))) == here
+            policy.remove(gone)
+        policy.insert(block, None, 1)
+        here = [block]
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_where_less_fits_than_was_promised_the_order_is_the_policys_own(name: str) -> None:
     """A tier whose slots are larger than blocks holds less: experts then get less room too."""
     promised, fits = make_policy(name, 100), make_policy(name, 80)

@@ -263,7 +263,7 @@ class Tournament(Generic[K]):
         """
         if not self._queues[self._leader].settle() and 2 * self._bytes > self._capacity_bytes:
             surplus_bytes = max(1, self._bytes // _SHRINK)
-            self._resize(min(self._room_bytes, self._bytes) - surplus_bytes)
+            self._resize(max(0, min(self._room_bytes, self._bytes) - surplus_bytes))
             self._queues[self._leader].settle()
 
     def _unordered(self) -> Iterator[int]:

@@ -219,9 +219,11 @@ class SegmentLog:
             return
         # First the records: a power cut may keep a footer and lose what it speaks of.
         self.sync()
-        if not self._doubtful:
+        if self._doubtful:
+            # Or records that it speaks of: the next start looks for them, and adds the footer.
+            self._sizes[self._open_id] += footer_bytes(len(self._records))
+        else:
             self._seal(self._open_id, self._records)
-        # Else records may be missing after a power cut: the next start has to look for them.
         self._open_id, self._records, self._safe_records = 0, [], 0
         self._doubtful = False
 

@@ -63,7 +63,8 @@ class S3FifoExpert:
                 self._filter(evicted)
             else:
                 self._turn(evicted)
-        while self._bytes[_GHOSTS] > self.capacity_bytes - small_bytes:
+        ghost_bytes = max(0, self.capacity_bytes - small_bytes)
+        while self._bytes[_GHOSTS] > ghost_bytes:
             block = self._next[_GHOSTS]
             self._take(_GHOSTS, block)
             self._flags[block] ^= self._ghost_flag
