@@ -1,6 +1,7 @@
 """A node as a running server: the expression of its tiers, its gRPC port, its end."""
 
 import asyncio
+import hashlib
 import logging
 import os
 import resource
@@ -25,6 +26,8 @@ from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
 from kvstore.api.v1 import kvstore_pb2, kvstore_pb2_grpc
+from kvstore.api.v1.kvstore_pb2 import AttachReply
+from kvstore.attachment import Room
 from kvstore.calls import Calls
 from kvstore.codec import CODECS
 from kvstore.config import (
@@ -40,6 +43,7 @@ from kvstore.events import Draining, Events, SegmentSealed
 from kvstore.files import DirectoryFiles
 from kvstore.health import Health
 from kvstore.leases import LeaseTable
+from kvstore.local_socket import LocalSocket
 from kvstore.metrics import Metrics
 from kvstore.names import SECRET_BYTES
 from kvstore.node import Node
@@ -61,6 +65,8 @@ KEEPALIVE_LEAST_MS = 5_000
 REDIS_CONNECTIONS = 16
 LAST_WORDS_S = 0.2
 CLOSE_S = 2.0
+DIGEST_THREADS = 1
+"""Of their own: behind a device that hangs no reader shall wait for a digest."""
 OTHER_FILES = 1024
 """Connections, above all."""
 
@@ -94,6 +100,7 @@ class NodeServer:
         self._let_go = let_go
         """Of what the runner's threads use."""
         self._closers: list[Callable[[], Any]] = []
+        self._local: LocalSocket | None = None
         self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
         self.metrics_endpoint = ""
         self.hangs = False
@@ -120,6 +127,7 @@ class NodeServer:
         )
         port = _listen(grpc_server, settings.server.listen)
         runner = ThreadRunner(settings.disk.threads)
+        digester = ThreadRunner(DIGEST_THREADS)
         let_go: list[Callable[[], None]] = []
         guards: list[Guarded] = []
         memory = _memory(settings.memory, clock)
@@ -138,7 +146,7 @@ class NodeServer:
         node = Node(
             node_id=node_id,
             secret=secret,
-            tiers=Tiered(memory, slow, metrics),
+            tiers=Tiered(memory, slow, metrics, digester),
             leases=LeaseTable(leased_bytes),
             max_lease_s=settings.leases.max_lease_s,
             events=events,
@@ -150,14 +158,15 @@ class NodeServer:
         calls = _calls(settings, tenants, clock, metrics)
         health_servicer = Health(settings.server.max_watchers)
         server = cls(settings, node, calls, grpc_server, health_servicer, runner, let_go, port)
+        server._closers.append(lambda: digester.close(CLOSE_S / 2))
         try:
-            await server._serve()
+            await server._serve(tenants)
         except BaseException:
             await server.stop()
             raise
         return server
 
-    async def _serve(self) -> None:
+    async def _serve(self, tenants: Tenants) -> None:
         settings = self._settings
         directory = None
         if settings.redis.directory_url:
@@ -170,6 +179,7 @@ class NodeServer:
             max_message_bytes=settings.server.max_message_bytes,
             scrub_bytes_per_s=settings.disk.scrub_bytes_per_s,
             directory=directory,
+            attach=await self._share(tenants),
         )
         kvstore_pb2_grpc.add_KVStoreServicer_to_server(servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -181,6 +191,24 @@ class NodeServer:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         if settings.server.metrics_listen:
             self._serve_metrics(settings.server.metrics_listen)
+
+    async def _share(self, tenants: Tenants) -> Callable[[str | None], AttachReply] | None:
+        """How clients get the arena, where they may."""
+        shared, memory_bytes = self._settings.shared_memory, self._settings.memory.capacity_bytes
+        if not shared.enabled:
+            return None
+        if tenants.count > 1:
+            _log.info("shared_memory: the arena holds blocks of several tenants and is not shared")
+            return None
+        room = Room(
+            int(memory_bytes * shared.memory_fraction), int(memory_bytes * shared.client_fraction)
+        )
+        name = hashlib.sha256(self.node.node_id.encode()).hexdigest()[:16]
+        path = shared.directory / f"{name}.sock"
+        local = LocalSocket(path, self.node, self.calls, room)
+        await local.start()
+        self._local = local
+        return local.ticket
 
     def _serve_metrics(self, listen: str) -> None:
         host, _, port = listen.rpartition(":")
@@ -213,6 +241,8 @@ class NodeServer:
             for close in self._closers:
                 stack.push_async_callback(_finish, close)
             stack.push_async_callback(self._close_node, end_s)
+            if self._local is not None:
+                stack.push_async_callback(self._local.close)
             stack.push_async_callback(self._grpc.stop, None)
             await self._drain(grace_s)
 

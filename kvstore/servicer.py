@@ -1,7 +1,7 @@
 """The gRPC shell of a node: decode, authenticate, call the node, encode."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from kvstore.api.wire import (
     hint_from_wire,
     unpack_keys,
 )
-from kvstore.calls import Calls, Context
+from kvstore.calls import Calls, Context, authorization
 from kvstore.events import Draining, Event, SegmentSealed
 from kvstore.node import Matched, Node
 from kvstore.reading import Delivered, window_bytes
@@ -51,12 +51,14 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         max_message_bytes: int,
         scrub_bytes_per_s: int,
         directory: "Directory | None" = None,
+        attach: Callable[[str | None], pb.AttachReply] | None = None,
     ) -> None:
         self._node = node
         self._calls = calls
         self._max_message_bytes = max_message_bytes
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._directory = directory
+        self._attach = attach
         self._started_s = node.clock.monotonic_s()
 
     async def OpenSpace(self, request: pb.OpenSpaceRequest, context: Context) -> pb.OpenSpaceReply:
@@ -210,6 +212,13 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                 counters=self._node.metrics.samples(),
                 nodes=[pb.NodeStatus(node_id=n, endpoint=e) for n, e in nodes],
             )
+        return reply
+
+    async def Attach(self, request: pb.AttachRequest, context: Context) -> pb.AttachReply:
+        async with self._calls.call("attach", context):
+            if self._attach is None:
+                return pb.AttachReply()
+            reply = self._attach(authorization(context))
         return reply
 
     async def Watch(  # type: ignore[override]

@@ -8,7 +8,7 @@ from typing import TypeVar
 import grpc
 
 from kvstore.api.clock import Clock
-from kvstore.api.errors import Unavailable, from_status
+from kvstore.api.errors import Unavailable, UnknownSpace, from_status
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc as pb_grpc
 from kvstore.api.wire import descriptor_to_wire
@@ -105,8 +105,11 @@ class Caller:
     ) -> Answer:
         try:
             return await attempt()
-        except grpc.aio.AioRpcError as error:
-            if error.code() != grpc.StatusCode.FAILED_PRECONDITION or not spaces:
+        except (grpc.aio.AioRpcError, UnknownSpace) as error:
+            known = isinstance(error, grpc.aio.AioRpcError) and (
+                error.code() != grpc.StatusCode.FAILED_PRECONDITION
+            )
+            if known or not spaces:
                 raise
             reason = describe(error)
         await self._open_all(spaces, deadline)
