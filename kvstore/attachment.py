@@ -5,7 +5,7 @@ reused, whatever becomes of its lease or its deadline: it might still be copying
 hold is limited instead.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvstore.api.errors import InvalidArgument
@@ -48,11 +48,12 @@ class _Writing(NamedTuple):
 class _Reading:
     """A read under way, and the windows that its reader may still be copying."""
 
-    def __init__(self, reading: Reading, share_bytes: int) -> None:
+    def __init__(self, reading: Reading, share_bytes: int, window_bytes: int) -> None:
         self.reading = reading
         self.share_bytes = share_bytes
-        self.windows: Iterator[list[Want]] = reading.windows(READ_WINDOW_BYTES)
-        self.ahead: list[Want] | None = next(self.windows, None)
+        self.windows = reading.windows(window_bytes)
+        self.left: list[Want] = []
+        """What of a window had no room yet."""
         self.held: list[list[Acquired]] = []
 
 
@@ -110,7 +111,9 @@ class Attachment:
         """The first window of a read, and whether it is the last."""
         self._check_new(number)
         share_bytes = self._tiers.memory.share_bytes(block_bytes)
-        self._reads[number] = _Reading(reading, share_bytes)
+        # One window is copied while the next one is looked for.
+        window_bytes = min(READ_WINDOW_BYTES, self._room.client_bytes // 2)
+        self._reads[number] = _Reading(reading, share_bytes, window_bytes)
         return await self.next_window(number, left_s)
 
     async def next_window(
@@ -121,21 +124,24 @@ class Attachment:
         if under_way is None:
             raise InvalidArgument(f"number: no read {number} is under way")
         self._release(under_way, keep=1)
-        window, under_way.ahead = under_way.ahead, next(under_way.windows, None)
-        if window is None:
-            return [], True
+        window = under_way.left or next(under_way.windows, [])
         count = self._take(under_way.share_bytes, len(window))
+        if not count and under_way.held:
+            return [], False  # The reader still copies what it would need the room for.
+        if not count:
+            # Others of this client's calls, or of other clients, hold all that may be held.
+            return [None] * sum(map(len, [window, *under_way.windows])), True
+        part, under_way.left = window[:count], window[count:]
         try:
-            given = await under_way.reading.pin(window[:count], left_s()) if count else []
+            given = await under_way.reading.pin(part, left_s())
         except BaseException:
             self._give_back(under_way.share_bytes * count)
             raise
         held = [block for block in given if block is not None]
         self._give_back(under_way.share_bytes * (count - len(held)))
         under_way.held.append(held)
-        # What there was no room for is not here, as far as this reader is concerned.
-        given += [None] * (len(window) - len(given))
-        return given, under_way.ahead is None
+        under_way.left = under_way.left or next(under_way.windows, [])
+        return given, not under_way.left
 
     def _release(self, under_way: _Reading, keep: int) -> None:
         while len(under_way.held) > keep:

@@ -224,8 +224,10 @@ class SharedMemorySettings(_Section):
         description="hand the arena to clients of this host and user, where the node has but one "
         "tenant: who maps it can read all that is in it",
     )
-    directory: HomePath = Field(
-        DATA_HOME / "sockets", description="for the unix socket at which clients get the arena"
+    directory: HomePath | None = Field(
+        None,
+        description="for the unix socket at which clients get the arena; empty: sockets, beside "
+        "disk.path",
     )
     memory_fraction: float = Field(
         0.5, gt=0, le=0.9, description="of memory.capacity_bytes that all of them may hold at once"

@@ -7,6 +7,7 @@ gives back what the client held.
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
@@ -48,8 +49,12 @@ class Ticket(NamedTuple):
 class LocalSocket:
     """Hands the arena to clients of this host. `await start()`, later `await close()`."""
 
-    def __init__(self, path: Path, node: Node, calls: Calls, room: Room) -> None:
-        self.path = path
+    def __init__(
+        self, directory: Path, endpoint: str, node: Node, calls: Calls, room: Room
+    ) -> None:
+        # Short, and no other node's: ids are unique, and so is where one listens on its host.
+        name = hashlib.sha256(f"{node.node_id} {endpoint}".encode()).hexdigest()[:16]
+        self.path = directory / f"{name}.sock"
         self._node = node
         self._calls = calls
         self._room = room
@@ -174,16 +179,16 @@ def _is_ours(connection: socket.socket) -> bool:
 def _listen(path: Path) -> socket.socket:
     if len(os.fsencode(path)) > LONGEST_PATH_BYTES:
         raise ConfigError(
-            f"shared_memory.directory: {path} is too long for a socket: at most "
-            f"{LONGEST_PATH_BYTES} bytes"
+            f"shared_memory.directory: {path} is too long for a socket, which has at most "
+            f"{LONGEST_PATH_BYTES} bytes; choose a shorter one"
         )
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _is_taken(path):
             raise ConfigError(
-                f"shared_memory.directory: another node listens at {path}; give it another "
-                "cluster.node_id, or this one another directory"
+                f"shared_memory.directory: another node listens at {path}; give one of them "
+                "another cluster.node_id, or another directory"
             )
         with contextlib.suppress(FileNotFoundError):
             path.unlink()

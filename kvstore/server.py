@@ -1,7 +1,6 @@
 """A node as a running server: the expression of its tiers, its gRPC port, its end."""
 
 import asyncio
-import hashlib
 import logging
 import os
 import resource
@@ -203,10 +202,15 @@ class NodeServer:
         room = Room(
             int(memory_bytes * shared.memory_fraction), int(memory_bytes * shared.client_fraction)
         )
-        name = hashlib.sha256(self.node.node_id.encode()).hexdigest()[:16]
-        path = shared.directory / f"{name}.sock"
-        local = LocalSocket(path, self.node, self.calls, room)
-        await local.start()
+        directory = shared.directory or _home(self._settings.disk) / "sockets"
+        local = LocalSocket(directory, self.endpoint, self.node, self.calls, room)
+        try:
+            await local.start()
+        except ConfigError as error:
+            if shared.directory is not None:
+                raise
+            _log.warning("%s; clients on this host are served by the stream", error)
+            return None
         self._local = local
         return local.ticket
 
@@ -406,11 +410,16 @@ def _tenants(settings: Settings) -> Tenants:
     return Tenants.from_file(path) if path is not None else Tenants()
 
 
+def _home(disk: DiskSettings) -> Path:
+    """Where this node keeps what is nobody else's."""
+    return disk.path.parent if disk.enabled else DATA_HOME.expanduser()
+
+
 def _cluster_secret(cluster: ClusterSettings, disk: DiskSettings) -> bytes:
     """The secret of the named file, or of one that this host makes once for itself."""
     if cluster.secret_file is not None:
         return _read_secret(cluster.secret_file)
-    home = disk.path.parent if disk.enabled else DATA_HOME.expanduser()
+    home = _home(disk)
     path = home / "cluster.secret"
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
