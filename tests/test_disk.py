@@ -693,6 +693,29 @@ async def test_hot_blocks_stay_safe_when_they_are_written_forward(rig: Rig) -> N
     assert await present(await small(rig, files), hot) == [True] * 2
 
 
+async def test_what_cannot_be_written_forward_safely_keeps_its_place(rig: Rig) -> None:
+    """A block that was on the device, and is still said to be here, survives a power cut."""
+    kept = 0
+    for fillers in range(1, 40):
+        files = SimulatedFiles()
+        tier = await small(rig, files)
+        hot = chain("hot", 2)
+        await tier.store(hot)
+        await rig.clock.advance(SYNC_AFTER_S)
+        files.fault = FailAlways(errno.EIO, ["sync"])
+        for number in range(fillers):
+            await present(tier, hot)
+            with contextlib.suppress(TierError):
+                await tier.store(chain(f"filler {number}", 1))
+        places = await tier.locate(refs_of(hot))
+        rig.gone(tier)
+        files.crash(None)
+        here = await present(await small(rig, files), hot)
+        assert all(there for there, place in zip(here, places, strict=True) if place)
+        kept += places == ["disk"] * 2
+    assert kept > 10
+
+
 async def test_an_idle_tier_seals_nothing(rig: Rig) -> None:
     """Time alone writes nothing: neither without blocks nor once all of them are sealed."""
     files = SimulatedFiles()

@@ -485,11 +485,20 @@ class DiskTier:
                 self._index.drop_segment(segment_id)
         budget_bytes = self._segments.segment_bytes // 2
         while (oldest := self._segments.surplus()) is not None:
+            forwarded: list[tuple[Entry, int]] = []
             for entry in self._index.worth_forwarding(oldest, budget_bytes):
                 if entry.segment_id == oldest:
                     budget_bytes -= entry.record_bytes
+                    forwarded.append((entry, entry.page))
                     await self._forward(entry, header)
-            await self._drop(oldest)
+            try:
+                await self._drop(oldest)
+            except OSError:
+                if self._segments.doubtful:
+                    # The copies may never come to the device. What they were made of is there.
+                    for entry, page in forwarded:
+                        self._index.move_back(entry, oldest, page)
+                raise
 
     async def _drop(self, segment_id: int) -> None:
         self._index.drop_segment(segment_id)

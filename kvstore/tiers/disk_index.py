@@ -88,6 +88,12 @@ class DiskIndex:
         self._segments.setdefault(found.segment_id, []).append(entry)
         self.block_bytes += found.block_bytes
 
+    def move_back(self, entry: Entry, segment_id: int, page: int) -> None:
+        """Gives a block that was written forward, if it is still here, its former place again."""
+        if entry.segment_id not in (_NOWHERE, segment_id):
+            entry.segment_id, entry.page, entry.used = segment_id, page, True
+            self._segments.setdefault(segment_id, []).append(entry)
+
     def remove(self, names: Iterable[bytes]) -> int:
         """Forgets blocks and all that descends from them; how many there were."""
         leaving = with_descendants(

@@ -123,6 +123,11 @@ class SegmentLog:
         """The segment that is appended to; 0: none yet."""
         return self._open_id
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether what was written to the open segment may never come to the device."""
+        return self._doubtful
+
     def fits(self, header: Header) -> bool:
         """Whether an empty segment could take the record."""
         return PAGE_BYTES + record_bytes(header) + footer_bytes(1) <= self.segment_bytes

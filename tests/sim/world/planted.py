@@ -142,7 +142,7 @@ BUGS = (
     ),
     _bug(
         "discard writes no tombstone",
-        (f"{_DISK}._forget", "await self._append_or_yield(", "list("),
+        (f"{_DISK}._forget", "await self._append_or_yield(twins, together=True)", "list(twins)"),
     ),
     _bug(
         "discard does not wait for the device",
