@@ -24,7 +24,7 @@ from kvstore.admission import Admission, Limits
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
-from kvstore.api.v1 import kvstore_pb2, kvstore_pb2_grpc
+from kvstore.api.v1 import kvstore_pb2
 from kvstore.api.v1.kvstore_pb2 import AttachReply
 from kvstore.attachment import Room
 from kvstore.calls import Calls
@@ -48,7 +48,7 @@ from kvstore.names import SECRET_BYTES
 from kvstore.node import Node
 from kvstore.policy.policies import make_policy
 from kvstore.runner import Runner, ThreadRunner
-from kvstore.servicer import Servicer
+from kvstore.servicer import Servicer, serve
 from kvstore.tenants import Tenants
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.disk import DiskTier
@@ -180,7 +180,7 @@ class NodeServer:
             directory=directory,
             attach=await self._share(tenants),
         )
-        kvstore_pb2_grpc.add_KVStoreServicer_to_server(servicer, self._grpc)
+        serve(servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if settings.server.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

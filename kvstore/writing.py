@@ -52,7 +52,7 @@ class Incoming:
         if await offer.hold_parent(index):
             self._slot = await offer.tiers.reserve(offer.refs[index], size)
 
-    def add(self, index: int, data: bytes) -> None:
+    def add(self, index: int, data: bytes | memoryview) -> None:
         """The next bytes of the block that was begun; its last ones complete it."""
         if index != self._current:
             raise InvalidArgument(f"pieces.header: block {index} came without its header")

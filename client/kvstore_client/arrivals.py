@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from kvstore.api.digest import DIGEST_BYTES, block_digest
 from kvstore.api.errors import KvstoreError
+from kvstore.api.parts import Part
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
 
@@ -69,14 +70,14 @@ class Arrivals:
             leading.append(answer)
         return leading
 
-    def add(self, piece: pb.Piece) -> None:
+    def add(self, piece: Part) -> None:
         """Takes the next piece. Raises `KvstoreError` where no honest stream could have it."""
-        if piece.HasField("header"):
+        if piece.header is not None:
             self._begin(piece.block, piece.header)
         elif piece.block != self._block:
             raise KvstoreError(f"a piece of block {piece.block} inside block {self._block}")
         data = piece.data
-        if data and not self._skipping:
+        if len(data) and not self._skipping:
             self._append(data)
 
     def _begin(self, block: int, header: pb.BlockHeader) -> None:
@@ -96,7 +97,7 @@ class Arrivals:
             return
         self._header = header
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes | memoryview) -> None:
         if self._header is None:
             raise KvstoreError(f"data of block {self._block} without a header that announced it")
         buffer = self.buffers[self._block]

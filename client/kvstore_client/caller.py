@@ -9,6 +9,7 @@ import grpc
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import Unavailable, UnknownSpace, from_status
+from kvstore.api.parts import Part, WriteParts, pack_request, parse_reply
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc as pb_grpc
 from kvstore.api.wire import descriptor_to_wire
@@ -32,6 +33,14 @@ class Caller:
     def __init__(self, channel: grpc.aio.Channel, token: str | None, clock: Clock) -> None:
         self.channel = channel
         self.stub = pb_grpc.KVStoreStub(channel)
+        # These two carry blocks, in messages of our own making.
+        service = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
+        self.read: grpc.aio.UnaryStreamMultiCallable[pb.ReadRequest, list[Part]] = (
+            channel.unary_stream(f"/{service}/Read", pb.ReadRequest.SerializeToString, parse_reply)
+        )
+        self.write: grpc.aio.StreamStreamMultiCallable[WriteParts, pb.WriteReply] = (
+            channel.stream_stream(f"/{service}/Write", pack_request, pb.WriteReply.FromString)
+        )
         self.metadata = _metadata(token)
         self.losses = Losses(clock, logging.getLogger("kvstore.client"))
         self.closed = False
