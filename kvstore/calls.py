@@ -32,6 +32,13 @@ ANSWER_MARGIN_S = 0.02
 WATCHERS_PER_CLIENT = 8
 
 
+def authorization(context: Context) -> str | None:
+    """What the caller shows of himself."""
+    metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
+    shown = metadata.get("authorization")
+    return None if shown is None else str(shown)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Who calls, from which connection, and when the answer is due."""
@@ -159,9 +166,7 @@ class Calls:
     async def _timed(self, context: Context, endless: bool) -> AsyncIterator[Call]:
         if self._draining:
             raise Unavailable("this node is draining")
-        metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
-        authorization = metadata.get("authorization")
-        tenant = self._tenants.authenticate(None if authorization is None else str(authorization))
+        tenant = self._tenants.authenticate(authorization(context))
         asked_s = context.time_remaining()
         budget_s = min(
             asked_s if asked_s is not None else self._max_deadline_s, self._max_deadline_s

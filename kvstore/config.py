@@ -216,6 +216,27 @@ class DiskSettings(_Section):
         return self
 
 
+class SharedMemorySettings(_Section):
+    """The arena in the hands of clients on this host."""
+
+    enabled: bool = Field(
+        True,
+        description="hand the arena to clients of this host and user, where the node has but one "
+        "tenant: who maps it can read all that is in it",
+    )
+    directory: HomePath | None = Field(
+        None,
+        description="for the unix socket at which clients get the arena; empty: sockets, beside "
+        "disk.path",
+    )
+    memory_fraction: float = Field(
+        0.5, gt=0, le=0.9, description="of memory.capacity_bytes that all of them may hold at once"
+    )
+    client_fraction: float = Field(
+        0.25, gt=0, le=0.9, description="of memory.capacity_bytes that one of them may hold"
+    )
+
+
 class LeaseSettings(_Section):
     """What Match may promise."""
 
@@ -238,6 +259,7 @@ class Settings(_Section):
     redis: RedisSettings = Field(default_factory=RedisSettings)
     disk: DiskSettings = Field(default_factory=DiskSettings)
     leases: LeaseSettings = Field(default_factory=LeaseSettings)
+    shared_memory: SharedMemorySettings = Field(default_factory=SharedMemorySettings)
 
     @model_validator(mode="after")
     def _guarded(self) -> "Settings":

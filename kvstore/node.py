@@ -24,6 +24,8 @@ from kvstore.leases import Lease, LeaseTable, question
 from kvstore.matching import longest_match, needed
 from kvstore.metrics import Metrics
 from kvstore.names import namespace
+from kvstore.offer import Offer
+from kvstore.placing import Placing
 from kvstore.policy.policy import Use
 from kvstore.reading import Delivered, Reading, always, windows
 from kvstore.tenants import PRIVATE_SCOPE, Tenant, check_scope
@@ -349,13 +351,26 @@ class Node:
         When nothing is left of `left_s`, the rest is answered as missing. Raises Shed, ahead of
         the first block, where that could only come from tiers that have too much to do.
         """
+        reading = await self.reading(tenant, scopes, space_id, keys, lease_id, left_s=left_s)
+        async with aclosing(reading.blocks()) as blocks:
+            async for block in blocks:
+                yield block
+
+    async def reading(
+        self,
+        tenant: Tenant,
+        scopes: Sequence[str],
+        space_id: bytes,
+        keys: Sequence[bytes],
+        lease_id: bytes = b"",
+        *,
+        left_s: Callable[[], float] = always,
+    ) -> Reading:
+        """The sending end of a read."""
         size = self.space(space_id).block_bytes
         lease = self.leases.find(tenant.name, lease_id) if lease_id else None
         refs = await self._choose(tenant, scopes, space_id, keys, left_s)
-        reading = Reading(self.tiers, lease, self._slow_is_full, left_s)
-        async with aclosing(reading.blocks(refs, size)) as blocks:
-            async for block in blocks:
-                yield block
+        return Reading(self.tiers, lease, refs, size, self._slow_is_full, left_s)
 
     async def _choose(
         self,
@@ -384,6 +399,34 @@ class Node:
         hint: ReuseHint | None = None,
     ) -> Incoming:
         """The receiving end of one run of a chain; it knows which blocks are wanted."""
+        offer = await self._offer(tenant, scope, space_id, keys, parent_key, parent_scope, hint)
+        return Incoming(offer, self.metrics)
+
+    async def place(
+        self,
+        tenant: Tenant,
+        scope: str,
+        space_id: bytes,
+        keys: Sequence[bytes],
+        *,
+        parent_key: bytes = b"",
+        parent_scope: str = PRIVATE_SCOPE,
+        hint: ReuseHint | None = None,
+    ) -> Placing:
+        """The same for who writes into the arena himself."""
+        offer = await self._offer(tenant, scope, space_id, keys, parent_key, parent_scope, hint)
+        return Placing(offer)
+
+    async def _offer(
+        self,
+        tenant: Tenant,
+        scope: str,
+        space_id: bytes,
+        keys: Sequence[bytes],
+        parent_key: bytes,
+        parent_scope: str,
+        hint: ReuseHint | None,
+    ) -> Offer:
         self._count_hint(hint)
         descriptor = self.space(space_id)
         refs = self.refs(tenant, scope, space_id, keys)
@@ -394,8 +437,8 @@ class Node:
                 parents[:1] = self.refs(tenant, parent_scope, space_id, [parent_key])
         rooted, *wanted = await self._wanted(parents[0], refs)
         self.tiers.memory.expect(self._use(tenant, descriptor, refs, hint))
-        return Incoming(
-            self.tiers, self.metrics, space_id, descriptor.block_bytes, refs,
+        return Offer(
+            self.tiers, space_id, descriptor.block_bytes, refs,
             parents=parents, wanted=wanted, rooted=rooted,
             advise=lambda: self._advise(tenant, descriptor, refs, hint),
         )  # fmt: skip

@@ -36,19 +36,22 @@ class Reading:
         self,
         tiers: Tiered,
         lease: Lease | None,
+        refs: Sequence[BlockRef],
+        size: int,
         slow_is_full: Callable[[int], bool],
         left_s: Callable[[], float],
     ) -> None:
         self._tiers = tiers
         self._known = {want.ref: want for row in lease.wants for want in row} if lease else {}
+        self._wants = [self._known.get(ref) or Want(ref, None, size) for ref in refs]
         self._origin = lease.tiers if lease else {}
         self._slow_is_full = slow_is_full
         self._left_s = left_s
 
-    async def blocks(self, refs: Sequence[BlockRef], size: int) -> AsyncGenerator[Delivered, None]:
+    async def blocks(self) -> AsyncGenerator[Delivered, None]:
         """The blocks in order. Raises Shed ahead of the first one."""
         done = 0
-        for window in windows([self._known.get(ref) or Want(ref, None, size) for ref in refs]):
+        for window in windows(self._wants):
             if not done:
                 self._check_busy(window)
             held, lent = await self._gather(window, self._left_s())
@@ -58,11 +61,31 @@ class Reading:
                     if block is None:
                         yield Delivered(index, *lent.get(want.ref, (None,)))
                         continue
-                    tier = self._origin.get(want.ref, block.tier)
-                    yield Delivered(index, block.slot.view, block.slot.digest, tier)
+                    yield Delivered(index, block.slot.view, block.slot.digest, self.tier(block))
             finally:
                 self._tiers.release(held.values())
             done += len(window)
+
+    def windows(self, window_bytes: int) -> Iterator[list[Want]]:
+        """The blocks in order, about so many bytes at a time, for `pin`."""
+        return windows(self._wants, window_bytes)
+
+    async def pin(self, window: list[Want], left_s: float) -> list[Acquired | None]:
+        """The blocks of a window that come to lie in memory in time; the caller releases them.
+
+        For who reads the arena himself: what could only be lent is not in it.
+        """
+        try:
+            async with within(max(left_s, 0.0)):
+                held = await self._hold(window)
+        except TimeoutError:
+            held = self._pin(window)
+        # A block that is asked for twice needs a pin for each place.
+        return [held.pop(want.ref, None) or self._tiers.pin(want) for want in window]
+
+    def tier(self, block: Acquired) -> str:
+        """Where a block lay when it was matched, or else before it was read."""
+        return self._origin.get(block.slot.ref, block.tier)
 
     def _check_busy(self, window: list[Want]) -> None:
         """Better refused at once than answered with misses: the caller may come again."""
@@ -94,7 +117,13 @@ class Reading:
         coming = [w for ref, w in asked.items() if ref in self._known or self._tiers.promoting(ref)]
         acquired = await self._tiers.acquire(coming) if coming else []
         held = {block.slot.ref: block for block in acquired if block is not None}
-        return held | self._pin([want for ref, want in asked.items() if ref not in held])
+        held |= self._pin([want for ref, want in asked.items() if ref not in held])
+        try:
+            await self._tiers.digests.settle([block.slot for block in held.values()])
+        except BaseException:
+            self._tiers.release(held.values())
+            raise
+        return held
 
     def _pin(self, wants: list[Want]) -> dict[BlockRef, Acquired]:
         """Those of the blocks that are in memory now, pinned."""
@@ -117,9 +146,9 @@ def window_bytes(block_bytes: int) -> int:
     return max(READ_WINDOW_BYTES - READ_WINDOW_BYTES % block_bytes, block_bytes)
 
 
-def windows(wants: list[Want]) -> Iterator[list[Want]]:
-    """The blocks in pieces of about `READ_WINDOW_BYTES`, so that a read pins few at a time."""
+def windows(wants: list[Want], most_bytes: int = READ_WINDOW_BYTES) -> Iterator[list[Want]]:
+    """The blocks in pieces of about `most_bytes`, so that a read pins few at a time."""
     largest = max((want.size for want in wants), default=1)
-    step = window_bytes(largest) // largest
+    step = max(most_bytes // largest, 1)
     for start in range(0, len(wants), step):
         yield wants[start : start + step]

@@ -24,7 +24,9 @@ from kvstore.admission import Admission, Limits
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
-from kvstore.api.v1 import kvstore_pb2, kvstore_pb2_grpc
+from kvstore.api.v1 import kvstore_pb2
+from kvstore.api.v1.kvstore_pb2 import AttachReply
+from kvstore.attachment import Room
 from kvstore.calls import Calls
 from kvstore.codec import CODECS
 from kvstore.config import (
@@ -40,12 +42,13 @@ from kvstore.events import Draining, Events, SegmentSealed
 from kvstore.files import DirectoryFiles
 from kvstore.health import Health
 from kvstore.leases import LeaseTable
+from kvstore.local_socket import LocalSocket
 from kvstore.metrics import Metrics
 from kvstore.names import SECRET_BYTES
 from kvstore.node import Node
 from kvstore.policy.policies import make_policy
 from kvstore.runner import Runner, ThreadRunner
-from kvstore.servicer import Servicer
+from kvstore.servicer import Servicer, serve
 from kvstore.tenants import Tenants
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.disk import DiskTier
@@ -61,6 +64,8 @@ KEEPALIVE_LEAST_MS = 5_000
 REDIS_CONNECTIONS = 16
 LAST_WORDS_S = 0.2
 CLOSE_S = 2.0
+DIGEST_THREADS = 1
+"""Of their own: behind a device that hangs no reader shall wait for a digest."""
 OTHER_FILES = 1024
 """Connections, above all."""
 
@@ -94,6 +99,7 @@ class NodeServer:
         self._let_go = let_go
         """Of what the runner's threads use."""
         self._closers: list[Callable[[], Any]] = []
+        self._local: LocalSocket | None = None
         self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
         self.metrics_endpoint = ""
         self.hangs = False
@@ -120,6 +126,7 @@ class NodeServer:
         )
         port = _listen(grpc_server, settings.server.listen)
         runner = ThreadRunner(settings.disk.threads)
+        digester = ThreadRunner(DIGEST_THREADS)
         let_go: list[Callable[[], None]] = []
         guards: list[Guarded] = []
         memory = _memory(settings.memory, clock)
@@ -138,7 +145,7 @@ class NodeServer:
         node = Node(
             node_id=node_id,
             secret=secret,
-            tiers=Tiered(memory, slow, metrics),
+            tiers=Tiered(memory, slow, metrics, digester),
             leases=LeaseTable(leased_bytes),
             max_lease_s=settings.leases.max_lease_s,
             events=events,
@@ -150,14 +157,15 @@ class NodeServer:
         calls = _calls(settings, tenants, clock, metrics)
         health_servicer = Health(settings.server.max_watchers)
         server = cls(settings, node, calls, grpc_server, health_servicer, runner, let_go, port)
+        server._closers.append(lambda: digester.close(CLOSE_S / 2))
         try:
-            await server._serve()
+            await server._serve(tenants)
         except BaseException:
             await server.stop()
             raise
         return server
 
-    async def _serve(self) -> None:
+    async def _serve(self, tenants: Tenants) -> None:
         settings = self._settings
         directory = None
         if settings.redis.directory_url:
@@ -170,8 +178,9 @@ class NodeServer:
             max_message_bytes=settings.server.max_message_bytes,
             scrub_bytes_per_s=settings.disk.scrub_bytes_per_s,
             directory=directory,
+            attach=await self._share(tenants),
         )
-        kvstore_pb2_grpc.add_KVStoreServicer_to_server(servicer, self._grpc)
+        serve(servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if settings.server.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -181,6 +190,29 @@ class NodeServer:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         if settings.server.metrics_listen:
             self._serve_metrics(settings.server.metrics_listen)
+
+    async def _share(self, tenants: Tenants) -> Callable[[str | None], AttachReply] | None:
+        """How clients get the arena, where they may."""
+        shared, memory_bytes = self._settings.shared_memory, self._settings.memory.capacity_bytes
+        if not shared.enabled:
+            return None
+        if tenants.count > 1:
+            _log.info("shared_memory: the arena holds blocks of several tenants and is not shared")
+            return None
+        room = Room(
+            int(memory_bytes * shared.memory_fraction), int(memory_bytes * shared.client_fraction)
+        )
+        directory = shared.directory or _home(self._settings.disk) / "sockets"
+        local = LocalSocket(directory, self.endpoint, self.node, self.calls, room)
+        try:
+            await local.start()
+        except ConfigError as error:
+            if shared.directory is not None:
+                raise
+            _log.warning("%s; clients on this host are served by the stream", error)
+            return None
+        self._local = local
+        return local.ticket
 
     def _serve_metrics(self, listen: str) -> None:
         host, _, port = listen.rpartition(":")
@@ -213,6 +245,8 @@ class NodeServer:
             for close in self._closers:
                 stack.push_async_callback(_finish, close)
             stack.push_async_callback(self._close_node, end_s)
+            if self._local is not None:
+                stack.push_async_callback(self._local.close)
             stack.push_async_callback(self._grpc.stop, None)
             await self._drain(grace_s)
 
@@ -376,11 +410,16 @@ def _tenants(settings: Settings) -> Tenants:
     return Tenants.from_file(path) if path is not None else Tenants()
 
 
+def _home(disk: DiskSettings) -> Path:
+    """Where this node keeps what is nobody else's."""
+    return disk.path.parent if disk.enabled else DATA_HOME.expanduser()
+
+
 def _cluster_secret(cluster: ClusterSettings, disk: DiskSettings) -> bytes:
     """The secret of the named file, or of one that this host makes once for itself."""
     if cluster.secret_file is not None:
         return _read_secret(cluster.secret_file)
-    home = disk.path.parent if disk.enabled else DATA_HOME.expanduser()
+    home = _home(disk)
     path = home / "cluster.secret"
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)

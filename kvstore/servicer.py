@@ -1,13 +1,16 @@
 """The gRPC shell of a node: decode, authenticate, call the node, encode."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import grpc
 
 import kvstore
 from kvstore.api.errors import InvalidArgument, KvstoreError, Unavailable
 from kvstore.api.keys import KEY_BYTES
+from kvstore.api.parts import Part, WriteParts, pack_reply, parse_request
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc
 from kvstore.api.wire import (
@@ -17,7 +20,7 @@ from kvstore.api.wire import (
     hint_from_wire,
     unpack_keys,
 )
-from kvstore.calls import Calls, Context
+from kvstore.calls import Calls, Context, authorization
 from kvstore.events import Draining, Event, SegmentSealed
 from kvstore.node import Matched, Node
 from kvstore.reading import Delivered, window_bytes
@@ -40,6 +43,23 @@ HEAR_OUT_S = 1.0
 BEGIN_S = 5.0
 
 
+def serve(servicer: "Servicer", server: grpc.aio.Server) -> None:
+    """Adds the service to a server; the calls that carry blocks with messages of our own making."""
+    service = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
+    ours: dict[str, Any] = {
+        "Read": grpc.unary_stream_rpc_method_handler(
+            servicer.Read, pb.ReadRequest.FromString, pack_reply
+        ),
+        "Write": grpc.stream_stream_rpc_method_handler(
+            servicer.Write, parse_request, pb.WriteReply.SerializeToString
+        ),
+    }
+    # Of generic handlers the first counts; of registered ones, which go before them, the last.
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, ours),))
+    kvstore_pb2_grpc.add_KVStoreServicer_to_server(servicer, server)
+    server.add_registered_method_handlers(service, ours)
+
+
 class Servicer(kvstore_pb2_grpc.KVStoreServicer):
     """Answers `kvstore.v1.KVStore` for one node."""
 
@@ -51,12 +71,14 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         max_message_bytes: int,
         scrub_bytes_per_s: int,
         directory: "Directory | None" = None,
+        attach: Callable[[str | None], pb.AttachReply] | None = None,
     ) -> None:
         self._node = node
         self._calls = calls
         self._max_message_bytes = max_message_bytes
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._directory = directory
+        self._attach = attach
         self._started_s = node.clock.monotonic_s()
 
     async def OpenSpace(self, request: pb.OpenSpaceRequest, context: Context) -> pb.OpenSpaceReply:
@@ -126,11 +148,11 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                         await context.write(reply)
 
     async def Write(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[pb.WriteRequest], context: Context
+        self, request_iterator: AsyncIterator[WriteParts], context: Context
     ) -> None:
         async with self._calls.call("write", context) as call:
             first = await _first(request_iterator, min(BEGIN_S, call.left_s() / 2))
-            if first is None or not first.HasField("begin"):
+            if first is None or first.begin is None:
                 await _hear_out(request_iterator)
                 raise InvalidArgument("begin: the first message of a write must carry it")
             cost = self._write_cost(check_space_id(first.begin.space_id), first.begin)
@@ -138,11 +160,11 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                 incoming = await self._begin_write(call.tenant, first.begin)
                 try:
                     await context.write(pb.WriteReply(offer=pb.WriteOffer(wanted=incoming.wanted)))
-                    await _take(incoming, first.pieces)
+                    await _take(incoming, first.parts)
                     async for message in request_iterator:
-                        if message.HasField("begin"):
+                        if message.begin is not None:
                             raise InvalidArgument("begin: only the first message of a write has it")
-                        await _take(incoming, message.pieces)
+                        await _take(incoming, message.parts)
                     incoming.finish()
                     await context.write(pb.WriteReply(done=pb.WriteDone(held=incoming.held)))
                 except KvstoreError:
@@ -210,6 +232,13 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                 counters=self._node.metrics.samples(),
                 nodes=[pb.NodeStatus(node_id=n, endpoint=e) for n, e in nodes],
             )
+        return reply
+
+    async def Attach(self, request: pb.AttachRequest, context: Context) -> pb.AttachReply:
+        async with self._calls.call("attach", context):
+            if self._attach is None:
+                return pb.AttachReply()
+            reply = self._attach(authorization(context))
         return reply
 
     async def Watch(  # type: ignore[override]
@@ -280,16 +309,14 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         return reply
 
 
-async def _take(incoming: Incoming, pieces: Sequence[pb.Piece]) -> None:
-    for piece in pieces:
-        if piece.HasField("header"):
-            await incoming.begin_block(piece.block, piece.header.bytes, piece.header.digest)
-        incoming.add(piece.block, piece.data)
+async def _take(incoming: Incoming, parts: Sequence[Part]) -> None:
+    for part in parts:
+        if part.header is not None:
+            await incoming.begin_block(part.block, part.header.bytes, part.header.digest)
+        incoming.add(part.block, part.data)
 
 
-async def _first(
-    requests: AsyncIterator[pb.WriteRequest], patience_s: float
-) -> pb.WriteRequest | None:
+async def _first(requests: AsyncIterator[WriteParts], patience_s: float) -> WriteParts | None:
     """How a write begins. Who opens one and says nothing has one of the places, free of charge."""
     try:
         async with asyncio.timeout(patience_s):
@@ -298,7 +325,7 @@ async def _first(
         raise InvalidArgument(f"begin: it did not come within {patience_s:.1f} s") from None
 
 
-async def _hear_out(requests: AsyncIterator[pb.WriteRequest]) -> None:
+async def _hear_out(requests: AsyncIterator[WriteParts]) -> None:
     """Lets the caller finish what he is saying, so that he hears why it is refused.
 
     To who is in the middle of a message gRPC shows INTERNAL, and not the status.
@@ -309,25 +336,28 @@ async def _hear_out(requests: AsyncIterator[pb.WriteRequest]) -> None:
                 pass
 
 
-async def _read_replies(blocks: AsyncIterator[Delivered]) -> AsyncGenerator[pb.ReadReply, None]:
+async def _read_replies(blocks: AsyncIterator[Delivered]) -> AsyncGenerator[list[Part], None]:
     """Packs blocks into messages of about `PIECE_BYTES`: small ones together, large ones cut."""
-    reply, size = pb.ReadReply(), 0
+    reply: list[Part] = []
+    size = 0
     async for block in blocks:
         view = block.view if block.view is not None else memoryview(b"")
-        header = pb.BlockHeader(bytes=len(view), digest=block.digest, tier=block.tier)
-        reply.pieces.add(block=block.index, header=header)
+        header: pb.BlockHeader | None = pb.BlockHeader(
+            bytes=len(view), digest=block.digest, tier=block.tier
+        )
         start = 0
-        while start < len(view):
+        while start < len(view) or header is not None:
             data = view[start : start + PIECE_BYTES - size]
-            if start:
-                reply.pieces.add(block=block.index)
-            reply.pieces[-1].data = bytes(data)
             start += len(data)
             size += len(data)
-            if size >= PIECE_BYTES:
+            full = size >= PIECE_BYTES
+            # What waits for more is copied: its slot may be another block's by then.
+            reply.append(Part(block.index, header, data if full else bytes(data)))
+            header = None
+            if full:
                 yield reply
-                reply, size = pb.ReadReply(), 0
-    if reply.pieces:
+                reply, size = [], 0
+    if reply:
         yield reply
 
 

@@ -81,6 +81,11 @@ class Tenants:
         """True where nobody has to show a token."""
         return self._tenants is None
 
+    @property
+    def count(self) -> int:
+        """How many tenants there are."""
+        return 1 if self._tenants is None else len(set(self._tenants.values()))
+
     def authenticate(self, authorization: str | None) -> Tenant:
         """The tenant of an `authorization` header. Raises Unauthenticated."""
         if self._tenants is None:

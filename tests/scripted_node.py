@@ -68,6 +68,9 @@ class ScriptedNode(pb_grpc.KVStoreServicer):
         self.opened[descriptor.space_id] = descriptor.block_bytes
         return pb.OpenSpaceReply(space_id=descriptor.space_id, max_message_bytes=MESSAGE_BYTES)
 
+    async def Attach(self, request: pb.AttachRequest, context: Any) -> pb.AttachReply:
+        return pb.AttachReply()  # Nothing is shared.
+
     async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
         if script := self._note("Match", request, context):
             reply: pb.MatchReply = await script(request, context)

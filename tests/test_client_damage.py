@@ -12,6 +12,7 @@ from kvstore.api.digest import block_digest
 from kvstore.api.errors import (
     KvstoreError,
 )
+from kvstore.api.parts import Part
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client import AsyncClient, Match, Space
 from kvstore_client.arrivals import Arrivals
@@ -235,7 +236,7 @@ def test_no_stream_makes_a_wrong_block_count(stream: list[tuple[int, Any, bytes]
             changed = {"right": digest, "wrong": bytes(16), "short": b"x"}[kind]
             piece.header.CopyFrom(pb.BlockHeader(bytes=size_bytes, digest=changed))
         try:
-            arrivals.add(piece)
+            arrivals.add(Part.of(piece))
         except KvstoreError:
             break
     for number, answer in enumerate(arrivals.loaded):

@@ -111,8 +111,16 @@ BAD: dict[tuple[str, str], list[str]] = {
     ("disk", "codec"): ["zip"],
     ("leases", "memory_fraction"): ["-0.1", "0.91", "nan"],
     ("leases", "max_lease_s"): ["0", "3601", "inf"],
+    ("shared_memory", "enabled"): ["perhaps"],
+    ("shared_memory", "memory_fraction"): ["0", "0.91", "nan"],
+    ("shared_memory", "client_fraction"): ["0", "0.91", "nan"],
 }
-PATHS = {("auth", "tokens_file"), ("cluster", "secret_file"), ("disk", "path")}
+PATHS = {
+    ("auth", "tokens_file"),
+    ("cluster", "secret_file"),
+    ("disk", "path"),
+    ("shared_memory", "directory"),
+}
 PERIODS = {name for name in NAMES if name[0] == "disk" and name[1].endswith("_after_s")}
 BAD |= {name: ["0", "-1", "86401"] for name in PERIODS}
 

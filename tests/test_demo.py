@@ -89,6 +89,7 @@ def worker(endpoint: str, tamper: Tamper | None = None) -> Worker:
         vram_blocks=96,
         store_endpoint=endpoint,
         record_spill_digests=True,
+        restore_gate=False,
     )
     if tamper is None:
         return Worker(config)

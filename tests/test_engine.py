@@ -209,6 +209,7 @@ def start(checkpoint: Path) -> Iterator[Start]:
             "store_endpoint": "twin" if store else None,
             "match_budget_s": 30.0,
             "restore_budget_s": 30.0,
+            "restore_gate": False,
         }
         config = WorkerConfig(**{**settings, **changes})
         worker = Worker(config, connect=store.connect if store else None)
@@ -342,6 +343,24 @@ def test_reuse_from_the_store_changes_no_bit(start: Start, store: StoreTwin) -> 
     again = one(second, prompt)
     assert again.restored_tokens == {"vram": 128}
     assert again.logits == cold.logits
+
+
+def test_what_is_computed_sooner_than_loaded_is_computed(start: Start, store: StoreTwin) -> None:
+    """The gate is told how long both take; whatever it decides, no bit changes."""
+    worker = start(store, restore_gate=True)
+    gate = worker._tiers.restorer.gate if worker._tiers is not None else None
+    assert gate is not None
+    prompt = tokens(70, 5)
+    first = one(worker, prompt)
+    assert worker.flush_spills(30.0)
+    for seconds, restores in ((1e6, False), (0.0, True)):
+        for _ in range(200):
+            gate.loaded(["memory"] * 8, seconds)
+        worker.forget_vram()
+        again = one(worker, prompt)
+        assert bool(again.restored_tokens) == restores
+        assert again.logits == first.logits
+    assert worker.stats()["restore_recomputed"] > 0
 
 
 def test_vram_and_store_together_restore_one_prefix(start: Start, store: StoreTwin) -> None:

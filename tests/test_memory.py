@@ -359,7 +359,7 @@ async def test_a_closed_memory_gives_its_pages_back() -> None:
     """The arena's file and mapping are gone with the last view."""
     memory = Memory(1 << 20, 1 << 16, make_policy("lru", 1 << 20), ManualClock())
     await memory.store(chain())
-    handle, arena = memory._arena._file, weakref.ref(memory._arena)
+    handle, arena = memory.arena.file, weakref.ref(memory.arena)
     assert os.fstat(handle).st_size == 1 << 20
     await memory.close()
     del memory

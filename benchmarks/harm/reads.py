@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from benchmarks.harm.frames import in_messages, mutate_frames, mutate_pieces, pieces_of
 from benchmarks.tally import Tally
 from kvstore.api.errors import KvstoreError
+from kvstore.api.parts import parse_reply
 from kvstore.api.tier import Block
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.arrivals import Arrivals
@@ -69,11 +70,11 @@ def assemble(run: list[Block], frames: list[bytes]) -> tuple[list[bytes | None],
     arrivals = Arrivals(SPACE, [block.ref.key for block in run], slots)
     try:
         for frame in frames:
-            for piece in pb.ReadReply.FromString(frame).pieces:
-                arrivals.add(piece)
+            for part in parse_reply(frame):
+                arrivals.add(part)
             if arrivals.complete:
                 break
-    except (DecodeError, KvstoreError):
+    except (DecodeError, ValueError, KvstoreError):
         pass  # The client leaves such a stream and keeps what was whole.
     guards = (memory[stride * at + size : stride * (at + 1)] for at in range(len(run)))
     clean = all(guard == b"\xee" * GUARD_BYTES for guard in guards)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from kvstore.api.digest import DIGEST_BYTES, block_digest
 from kvstore.api.errors import KvstoreError
+from kvstore.api.parts import Part
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
 
@@ -21,13 +22,13 @@ class Arrivals:
         self, space_id: bytes, keys: Sequence[bytes], buffers: Sequence[memoryview]
     ) -> None:
         self._space_id = space_id
-        self._keys = keys
-        self._buffers = buffers
+        self.keys = keys
+        self.buffers = buffers
         self.restart()
 
     def restart(self) -> None:
         """Forgets what arrived: the same read is sent again."""
-        self.loaded: list[Loaded | None] = [None] * len(self._keys)
+        self.loaded: list[Loaded | None] = [None] * len(self.keys)
         self.corrupt_blocks = 0
         self.broken = False
         """True from the first block that is settled without being here: a chain ends there."""
@@ -39,7 +40,26 @@ class Arrivals:
     @property
     def complete(self) -> bool:
         """True when the last block is settled: it is here, damaged or missing."""
-        return self._block == len(self._keys) - 1 and self._header is None
+        return self._block == len(self.keys) - 1 and self._header is None
+
+    def rest(self) -> "tuple[list[int], Arrivals]":
+        """What is still missing, as places in this read and as a read of its own."""
+        places = [place for place, answer in enumerate(self.loaded) if answer is None]
+        keys = [self.keys[place] for place in places]
+        return places, Arrivals(self._space_id, keys, [self.buffers[place] for place in places])
+
+    def take(self, places: Sequence[int], rest: "Arrivals") -> None:
+        """Adds what came of the rest."""
+        for place, answer in zip(places, rest.loaded, strict=True):
+            self.loaded[place] = answer
+        self.corrupt_blocks += rest.corrupt_blocks
+        self.broken = rest.broken
+        if rest.complete:
+            self.settle()
+
+    def settle(self) -> None:
+        """Says that no more will come."""
+        self._block, self._header = len(self.keys) - 1, None
 
     def leading(self) -> list[Loaded]:
         """The blocks before the first one that did not arrive."""
@@ -50,20 +70,20 @@ class Arrivals:
             leading.append(answer)
         return leading
 
-    def add(self, piece: pb.Piece) -> None:
+    def add(self, piece: Part) -> None:
         """Takes the next piece. Raises `KvstoreError` where no honest stream could have it."""
-        if piece.HasField("header"):
+        if piece.header is not None:
             self._begin(piece.block, piece.header)
         elif piece.block != self._block:
             raise KvstoreError(f"a piece of block {piece.block} inside block {self._block}")
         data = piece.data
-        if data and not self._skipping:
+        if len(data) and not self._skipping:
             self._append(data)
 
     def _begin(self, block: int, header: pb.BlockHeader) -> None:
         if self._header is not None:
             raise KvstoreError(f"block {self._block} ended after {self._filled_bytes} bytes")
-        if not self._block < block < len(self._keys):
+        if not self._block < block < len(self.keys):
             raise KvstoreError(f"block {block} came after block {self._block}")
         self.broken = self.broken or block > self._block + 1 or header.bytes == 0
         self._block = block
@@ -71,16 +91,16 @@ class Arrivals:
         self._skipping = False
         if header.bytes == 0:
             return
-        if header.bytes != len(self._buffers[block]) or len(header.digest) != DIGEST_BYTES:
+        if header.bytes != len(self.buffers[block]) or len(header.digest) != DIGEST_BYTES:
             self._skipping = True
             self._refuse()
             return
         self._header = header
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes | memoryview) -> None:
         if self._header is None:
             raise KvstoreError(f"data of block {self._block} without a header that announced it")
-        buffer = self._buffers[self._block]
+        buffer = self.buffers[self._block]
         end = self._filled_bytes + len(data)
         if end > len(buffer):
             raise KvstoreError(f"block {self._block} is longer than its header said")
@@ -90,7 +110,7 @@ class Arrivals:
             self._judge(self._header, buffer)
 
     def _judge(self, header: pb.BlockHeader, buffer: memoryview) -> None:
-        digest = block_digest(self._space_id, self._keys[self._block], buffer)
+        digest = block_digest(self._space_id, self.keys[self._block], buffer)
         if digest == header.digest:
             self.loaded[self._block] = Loaded(header.tier, digest)
         else:

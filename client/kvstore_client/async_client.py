@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from kvstore.api.errors import Unavailable
 from kvstore.api.hint import ReuseHint
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
@@ -15,7 +16,9 @@ from kvstore_client.arguments import (
     check_scopes,
 )
 from kvstore_client.arrivals import Arrivals
+from kvstore_client.budgets import Deadline
 from kvstore_client.control import ControlClient
+from kvstore_client.local_transfers import fetch, place
 from kvstore_client.match import Match
 from kvstore_client.pieces import Outgoing
 from kvstore_client.space import Space
@@ -133,7 +136,7 @@ class AsyncClient(ControlClient):
         )
 
         async def attempt() -> bool:
-            await receive(self._caller, request, arrivals, deadline, prefix_only=prefix_only)
+            await self._receive(request, arrivals, deadline, prefix_only)
             return True
 
         ended = await self._caller.quietly("load", attempt, deadline, [space])
@@ -183,9 +186,48 @@ class AsyncClient(ControlClient):
         )
         run = Outgoing(space, keys, views, digests)
         await self._caller.quietly(
-            "store", lambda: send(self._caller, begin, run, held, deadline), deadline, [space]
+            "store", lambda: self._send(begin, run, held, deadline), deadline, [space]
         )
         return held
+
+    async def _receive(
+        self, request: pb.ReadRequest, arrivals: Arrivals, deadline: Deadline, prefix_only: bool
+    ) -> None:
+        """Through shared memory what lies there, and the rest by the stream."""
+        attached = self._neighbour.attached
+        if attached is None:
+            await receive(self._caller, request, arrivals, deadline, prefix_only=prefix_only)
+            return
+        try:
+            await fetch(attached, request, arrivals, deadline, prefix_only=prefix_only)
+        except Unavailable:
+            if not attached.closed:
+                raise
+        places, rest = arrivals.rest()
+        if not places:
+            arrivals.settle()
+            return
+        again = pb.ReadRequest()
+        again.CopyFrom(request)
+        again.keys = pack_keys(rest.keys)
+        try:
+            await receive(self._caller, again, rest, deadline, prefix_only=prefix_only)
+        finally:
+            arrivals.take(places, rest)
+
+    async def _send(
+        self, begin: pb.WriteBegin, run: Outgoing, held: list[bool], deadline: Deadline
+    ) -> None:
+        """Through shared memory; by the stream what that had no room for."""
+        attached = self._neighbour.attached
+        if attached is not None:
+            try:
+                if await place(attached, begin, run.blocks, held, deadline):
+                    return
+            except Unavailable:
+                if not attached.closed:
+                    raise
+        await send(self._caller, begin, run, held, deadline)
 
     async def release(self, match: Match) -> None:
         """Ends the lease of a match before it expires."""

@@ -8,7 +8,8 @@ from typing import TypeVar
 import grpc
 
 from kvstore.api.clock import Clock
-from kvstore.api.errors import Unavailable, from_status
+from kvstore.api.errors import Unavailable, UnknownSpace, from_status
+from kvstore.api.parts import Part, WriteParts, pack_request, parse_reply
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc as pb_grpc
 from kvstore.api.wire import descriptor_to_wire
@@ -32,6 +33,14 @@ class Caller:
     def __init__(self, channel: grpc.aio.Channel, token: str | None, clock: Clock) -> None:
         self.channel = channel
         self.stub = pb_grpc.KVStoreStub(channel)
+        # These two carry blocks, in messages of our own making.
+        service = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
+        self.read: grpc.aio.UnaryStreamMultiCallable[pb.ReadRequest, list[Part]] = (
+            channel.unary_stream(f"/{service}/Read", pb.ReadRequest.SerializeToString, parse_reply)
+        )
+        self.write: grpc.aio.StreamStreamMultiCallable[WriteParts, pb.WriteReply] = (
+            channel.stream_stream(f"/{service}/Write", pack_request, pb.WriteReply.FromString)
+        )
         self.metadata = _metadata(token)
         self.losses = Losses(clock, logging.getLogger("kvstore.client"))
         self.closed = False
@@ -105,8 +114,11 @@ class Caller:
     ) -> Answer:
         try:
             return await attempt()
-        except grpc.aio.AioRpcError as error:
-            if error.code() != grpc.StatusCode.FAILED_PRECONDITION or not spaces:
+        except (grpc.aio.AioRpcError, UnknownSpace) as error:
+            known = isinstance(error, grpc.aio.AioRpcError) and (
+                error.code() != grpc.StatusCode.FAILED_PRECONDITION
+            )
+            if known or not spaces:
                 raise
             reason = describe(error)
         await self._open_all(spaces, deadline)

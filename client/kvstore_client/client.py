@@ -46,12 +46,18 @@ class Client:
         budgets: Budgets | None = None,
         clock: Clock | None = None,
         connect: Callable[[str], grpc.aio.Channel] = open_channel,
+        shared_memory: bool = True,
     ) -> None:
         async def build() -> tuple[grpc.aio.Channel, AsyncClient]:
             channel = connect(endpoint)
             try:
                 client = AsyncClient(
-                    endpoint, token=token, budgets=budgets, clock=clock, channel=channel
+                    endpoint,
+                    token=token,
+                    budgets=budgets,
+                    clock=clock,
+                    channel=channel,
+                    shared_memory=shared_memory,
                 )
             except BaseException:
                 await channel.close()

@@ -16,6 +16,7 @@ from kvstore_client.arguments import check_keys
 from kvstore_client.budgets import Budgets, Deadline
 from kvstore_client.caller import Caller
 from kvstore_client.channel import open_channel
+from kvstore_client.neighbour import Neighbour
 from kvstore_client.space import Space
 from kvstore_client.watch import Watch
 
@@ -26,6 +27,9 @@ _SERVING = b"\x08\x01"
 
 class ControlClient:
     """Opens and clears spaces, and asks a node what it is. Its methods raise `KvstoreError`.
+
+    With `shared_memory` blocks of a node on this host, where it allows that, are copied straight
+    from and to its memory, from the first `open_space` on; otherwise they come over the channel.
 
     `endpoint` is host:port or unix:/path. A `channel` that is handed in (for TLS, say) stays the
     caller's, who closes it.
@@ -39,12 +43,14 @@ class ControlClient:
         budgets: Budgets | None = None,
         clock: Clock | None = None,
         channel: grpc.aio.Channel | None = None,
+        shared_memory: bool = True,
     ) -> None:
         self.endpoint = endpoint
         self.budgets = budgets or Budgets()
         self.clock = clock or SystemClock()
         self._owned = channel is None
         self._caller = Caller(channel or open_channel(endpoint), token, self.clock)
+        self._neighbour = Neighbour(self._caller, self.clock, wanted=shared_memory)
 
     def __repr__(self) -> str:
         state = "closed" if self._caller.closed else "open"
@@ -86,7 +92,9 @@ class ControlClient:
         """The space to name in other calls; the node knows it from now on. Idempotent."""
         deadline = self._deadline(None, self.budgets.open_s)
         space = Space.of(descriptor)
-        return await self._caller.strictly(lambda: self._caller.open(space, deadline), deadline)
+        opened = await self._caller.strictly(lambda: self._caller.open(space, deadline), deadline)
+        await self._neighbour.settle(max(deadline.rest_s(), 0.0))
+        return opened
 
     async def locate(
         self,
@@ -185,6 +193,7 @@ class ControlClient:
         if self._caller.closed:
             return
         self._caller.closed = True
+        await self._neighbour.close()
         if self._owned:
             await self._caller.channel.close()
 

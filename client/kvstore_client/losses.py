@@ -6,6 +6,7 @@ from collections import Counter
 import grpc
 
 from kvstore.api.clock import Clock
+from kvstore.api.errors import STATUS, KvstoreError
 
 LOG_INTERVAL_S = 10.0
 """At most one line of each kind in this time: a dead node must not fill the engine's log."""
@@ -81,4 +82,6 @@ def _outcome(error: BaseException) -> str:
             return "late"
         if error.code() in _REFUSED:
             return "refused"
+    if isinstance(error, KvstoreError) and STATUS.get(type(error)) in _REFUSED:
+        return "refused"
     return "failed"

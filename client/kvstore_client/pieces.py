@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kvstore.api.digest import block_digest
 from kvstore.api.errors import KvstoreError
+from kvstore.api.parts import Part, WriteParts
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.space import Space
 
@@ -22,29 +23,28 @@ class Outgoing:
     digests: Sequence[bytes] | None
     """None: computed when a block's turn comes, so never for those that the node has."""
 
-    def requests(self, wanted: Sequence[int]) -> Iterator[pb.WriteRequest]:
+    def requests(self, wanted: Sequence[int]) -> Iterator[WriteParts]:
         """The messages that carry the wanted blocks, small ones together, large ones in parts.
 
         Each carries at most `space.piece_bytes` of block data.
         """
-        request = pb.WriteRequest()
+        parts: list[Part] = []
         room_bytes = self.space.piece_bytes
         for index in wanted:
             block = self.blocks[index]
             header: pb.BlockHeader | None = self._header(index)
             start = 0
             while start < len(block):
-                if room_bytes == 0 or len(request.pieces) == MAX_PIECES:
-                    yield request
-                    request = pb.WriteRequest()
-                    room_bytes = self.space.piece_bytes
-                data = bytes(block[start : start + room_bytes])
-                request.pieces.add(block=index, header=header, data=data)
+                if room_bytes == 0 or len(parts) == MAX_PIECES:
+                    yield WriteParts(None, parts)
+                    parts, room_bytes = [], self.space.piece_bytes
+                data = block[start : start + room_bytes]
+                parts.append(Part(index, header, data))
                 header = None
                 start += len(data)
                 room_bytes -= len(data)
-        if request.pieces:
-            yield request
+        if parts:
+            yield WriteParts(None, parts)
 
     def _header(self, index: int) -> pb.BlockHeader:
         block = self.blocks[index]

@@ -7,13 +7,14 @@ from typing import Literal
 import grpc
 
 from kvstore.api.errors import KvstoreError
+from kvstore.api.parts import WriteParts
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.arrivals import Arrivals
 from kvstore_client.budgets import Deadline
 from kvstore_client.caller import Caller
 from kvstore_client.pieces import Outgoing, check_indexes
 
-WriteCall = grpc.aio.StreamStreamCall[pb.WriteRequest, pb.WriteReply]
+WriteCall = grpc.aio.StreamStreamCall[WriteParts, pb.WriteReply]
 
 
 async def receive(
@@ -29,11 +30,11 @@ async def receive(
     Whatever arrived stays in `arrivals`, also when this raises. Nothing is written afterwards.
     """
     arrivals.restart()
-    call = caller.stub.Read(request, timeout=deadline.left_s(), metadata=caller.metadata)
+    call = caller.read(request, timeout=deadline.left_s(), metadata=caller.metadata)
     try:
-        async for reply in call:
-            for piece in reply.pieces:
-                arrivals.add(piece)
+        async for parts in call:
+            for part in parts:
+                arrivals.add(part)
                 if prefix_only and arrivals.broken:
                     return
             if arrivals.complete:
@@ -52,9 +53,9 @@ async def send(
     raises in between.
     """
     held[:] = [False] * len(held)
-    call = caller.stub.Write(timeout=deadline.left_s(), metadata=caller.metadata)
+    call = caller.write(timeout=deadline.left_s(), metadata=caller.metadata)
     try:
-        await call.write(pb.WriteRequest(begin=begin))
+        await call.write(WriteParts(begin, ()))
         wanted = (await _reply(call, "offer")).offer.wanted
         check_indexes(wanted, len(held), "offer.wanted")
         held[:] = [True] * len(held)
@@ -70,9 +71,7 @@ async def send(
         call.cancel()
 
 
-async def _write_all(
-    call: WriteCall, requests: Iterator[pb.WriteRequest], deadline: Deadline
-) -> None:
+async def _write_all(call: WriteCall, requests: Iterator[WriteParts], deadline: Deadline) -> None:
     try:
         for request in requests:
             deadline.left_s()

@@ -53,7 +53,7 @@ class Memory:
     def __init__(
         self, capacity_bytes: int, slab_bytes: int, policy: Policy[BlockRef], clock: Clock
     ) -> None:
-        self._arena = Arena(capacity_bytes)
+        self.arena = Arena(capacity_bytes)
         self._slabs = Slabs(capacity_bytes, slab_bytes)
         self._index: dict[BlockRef, Slot] = {}
         self._unindexed: set[Slot] = set()
@@ -67,7 +67,7 @@ class Memory:
     @property
     def capacity_bytes(self) -> int:
         """The size of the arena."""
-        return self._arena.capacity_bytes
+        return self.arena.capacity_bytes
 
     @property
     def largest_block_bytes(self) -> int:
@@ -101,7 +101,7 @@ class Memory:
         offset = self._slabs.allocate(size)
         if offset is None:
             return None
-        slot = Slot(ref, self._arena, offset, size)
+        slot = Slot(ref, self.arena, offset, size)
         self._unindexed.add(slot)
         row, place = self._place(slot)
         row[place] = slot
@@ -346,7 +346,7 @@ class Memory:
         self._unindexed.clear()
         self._orphans.clear()
         self._rows.clear()
-        self._arena.close()
+        self.arena.close()
 
     def check(self) -> None:
         """Recomputes every invariant; AssertionError tells which one broke."""

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Tier, Usage
 from kvstore.metrics import Metrics
 from kvstore.policy.policy import Use
+from kvstore.runner import Runner
+from kvstore.tiers.digests import Digests
 from kvstore.tiers.lending import Lending, Lent
 from kvstore.tiers.memory import Memory, Slot
 from kvstore.tiers.oblivion import Concerns, Oblivion, Watch
@@ -46,8 +48,11 @@ class Tiered:
 
     name = "tiered"
 
-    def __init__(self, memory: Memory, slow: Tier | None, metrics: Metrics) -> None:
+    def __init__(
+        self, memory: Memory, slow: Tier | None, metrics: Metrics, runner: Runner | None = None
+    ) -> None:
         self.memory = memory
+        self.digests = Digests(memory, runner)
         keep_bytes = min(memory.capacity_bytes // 16, BATCH_BYTES)
         self._slow = Lending(slow, metrics, keep_bytes=keep_bytes) if slow is not None else None
         self._metrics = metrics
@@ -110,6 +115,7 @@ class Tiered:
     async def close(self) -> None:
         if self._promoting:
             await asyncio.wait(set(self._promoting.values()))
+        await self.digests.close()
         if self._slow is not None:
             await self._slow.close()
         await self.memory.close()
@@ -329,6 +335,7 @@ class Tiered:
         kept = [slot for slot in slots if slot.indexed and not self.oblivion.concerns(slot.ref)]
         if not kept:
             return set()
+        await self.digests.settle(kept)
         refs = [slot.ref for slot in kept]
         blocks = [Block(slot.ref, slot.parent, slot.digest, slot.view) for slot in kept]
         over = asyncio.get_running_loop().create_future()

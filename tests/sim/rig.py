@@ -187,8 +187,9 @@ def assert_idle(memory: Memory) -> None:
 
 
 async def quiet(tiered: Tiered) -> None:
-    """Returns when the promotions that matches began are over."""
+    """Returns when the promotions that matches began are over, and all digests known."""
     await settle()
+    await tiered.digests.close()
     while promoting := set(tiered._promoting.values()):
         await asyncio.wait(promoting)
         await settle()

@@ -256,6 +256,8 @@ class Engine:
             self._finish_restore(generation, generation.restoring.result())
             generation.restoring = None
         prompt, start = generation.request.prompt, generation.computed_tokens
+        if generation.filling_s is None:
+            generation.filling_s, generation.filled_from = self._monotonic_s(), start
         end = min(start + self._cut.chunk_tokens, len(prompt))
         is_last = end == len(prompt)
         logits = self._model.prefill(
@@ -269,9 +271,17 @@ class Engine:
             return
         self._choose([generation], logits[None])
         generation.first_token_s = self._monotonic_s()
+        self._tell_gate(generation)
         self._filling = None
         self._running.append(generation)
         self._offer(generation)
+
+    def _tell_gate(self, generation: Generation) -> None:
+        """How long the prompt took, what else was done between its chunks included."""
+        gate = self._tiers.restorer.gate if self._tiers is not None else None
+        if gate is not None and generation.filling_s is not None:
+            tokens = len(generation.request.prompt) - generation.filled_from
+            gate.computed(tokens, generation.first_token_s - generation.filling_s)
 
     def _decode(self) -> None:
         rows = [

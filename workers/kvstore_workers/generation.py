@@ -39,6 +39,10 @@ class Generation:
     patience_end_s: float | None = None
     """When spilling has to make way for it; None: it is not waiting for VRAM."""
     started_s: float = 0.0
+    filling_s: float | None = None
+    """When its first chunk was begun; None: not yet."""
+    filled_from: int = 0
+    """How much of the prompt needed no computing."""
     first_token_s: float = 0.0
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvstore.api.hint import ReuseHint
 from kvstore_client import Match, Space
+from kvstore_client.restore_gate import RestoreGate
 from kvstore_workers.cut import Cut
 from kvstore_workers.link import StoreLink
 from kvstore_workers.transfer import Copier, Mark
@@ -50,10 +51,12 @@ class Restorer:
         staging_bytes: int,
         match_budget_s: float | None,
         budget_s: float,
+        gate: RestoreGate | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counters: Counter[str] = Counter()
-        """Blocks: asked, matched, restored, short (matched in whole chunks, but not loaded)."""
+        """Blocks: asked, matched, restored, recomputed (sooner than loaded), short (not loaded)."""
+        self.gate = gate
         self._copier = copier
         self._cut = cut
         self._staging = copier.staging(max(1, staging_bytes // block_bytes))
@@ -95,15 +98,26 @@ class Restorer:
         )
         try:
             found = match.blocks - job.held_blocks
-            wanted = self._cut.whole_chunks(found)
+            worth = self._worth(match, job)
+            wanted = self._cut.whole_chunks(worth)
             tiers = self._load(job, space, match, wanted, deadline_s)
         finally:
             job.link.client.release(match)
         restored = self._cut.whole_chunks(len(tiers))
         self.counters.update(
-            asked=len(job.blocks), matched=found, restored=restored, short=wanted - restored
+            asked=len(job.blocks),
+            matched=found,
+            restored=restored,
+            recomputed=found - worth,
+            short=wanted - restored,
         )
         return tiers[:restored]
+
+    def _worth(self, match: Match, job: RestoreJob) -> int:
+        """How many of the blocks that were found are loaded sooner than they are computed."""
+        if self.gate is None or not match.spaces:
+            return match.blocks - job.held_blocks
+        return self.gate.worth(match.spaces[0], job.held_blocks)
 
     def _load(
         self, job: RestoreJob, space: Space, match: Match, wanted: int, deadline_s: float
@@ -116,6 +130,7 @@ class Restorer:
                 break
             count = min(self._staging.blocks, wanted - len(tiers))
             batch = slice(len(tiers), len(tiers) + count)
+            started_s = self._monotonic_s()
             loaded = job.link.client.load(
                 space,
                 keys[batch],
@@ -124,6 +139,9 @@ class Restorer:
                 lease=match,
                 budget_s=left_s,
             )
+            if self.gate is not None:
+                seconds = self._monotonic_s() - started_s
+                self.gate.loaded([block.tier for block in loaded], seconds)
             blocks = job.blocks[batch][: len(loaded)]
             self._copier.to_device(self._staging, blocks, after=job.after)
             tiers += [block.tier for block in loaded]

@@ -13,6 +13,7 @@ import torch
 
 from kvstore.api.errors import ConfigError
 from kvstore_client import Client
+from kvstore_client.restore_gate import RestoreGate
 from kvstore_workers.cut import Cut
 from kvstore_workers.engine import Engine, Tiers
 from kvstore_workers.layout import DTYPE_BYTES, describe_space, read_layout
@@ -62,6 +63,9 @@ class WorkerConfig:
     match_budget_s: float = 0.5
     restore_budget_s: float = 2.0
     """For all loads of one request; past it the rest is computed."""
+    restore_gate: bool = True
+    """Blocks that were computed sooner than loaded are computed. False: whatever is found is
+    loaded."""
     store_budget_s: float = 5.0
     staging_bytes: int = 32 << 20
     """Host memory for copies down, and as much for copies up; pinned on CUDA."""
@@ -232,6 +236,7 @@ class Worker:
             staging_bytes=config.staging_bytes,
             match_budget_s=config.match_budget_s,
             budget_s=config.restore_budget_s,
+            gate=RestoreGate(config.block_tokens, block_bytes) if config.restore_gate else None,
         )
         return Tiers(links, spiller, restorer)
 

@@ -1123,3 +1123,287 @@ class ScrubReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScrubReply: _TypeAlias = ScrubReply  # noqa: Y015
+
+@_typing.final
+class AttachRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class AttachReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKET_PATH_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    TICKET_MS_FIELD_NUMBER: _builtins.int
+    socket_path: _builtins.str
+    """of a unix socket on the node's host; empty: nothing is shared"""
+    ticket: _builtins.bytes
+    """32 bytes, to be shown there once"""
+    ticket_ms: _builtins.int
+    """for how long it is good"""
+    def __init__(
+        self,
+        *,
+        socket_path: _builtins.str = ...,
+        ticket: _builtins.bytes = ...,
+        ticket_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["socket_path", b"socket_path", "ticket", b"ticket", "ticket_ms", b"ticket_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachReply: _TypeAlias = AttachReply  # noqa: Y015
+
+@_typing.final
+class LocalRequest(_message.Message):
+    """What an attached client says, each message behind its length (4 bytes, little endian). Calls may
+    overlap; replies carry their number. Slots stay the client's until it says that it is done with
+    them or its connection ends: no clock takes them away from under its hands.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    BUDGET_MS_FIELD_NUMBER: _builtins.int
+    RESERVE_FIELD_NUMBER: _builtins.int
+    COMMIT_FIELD_NUMBER: _builtins.int
+    ACQUIRE_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """of the read or write that this belongs to; new for a new one"""
+    budget_ms: _builtins.int
+    """how long the caller waits; 0: as long as the node allows"""
+    @_builtins.property
+    def reserve(self) -> Global___WriteBegin:
+        """begins a write; the reply says which slots to fill"""
+
+    @_builtins.property
+    def commit(self) -> Global___LocalCommit:
+        """all slots of the last reply are filled; may bring more of them"""
+
+    @_builtins.property
+    def acquire(self) -> Global___ReadRequest:
+        """begins a read; the reply says where the first blocks lie"""
+
+    @_builtins.property
+    def next(self) -> Global___LocalNext:
+        """asks for more, and is done with all but the last reply's slots"""
+
+    @_builtins.property
+    def done(self) -> Global___LocalDone:
+        """ends a read or write wherever it is; not answered"""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        budget_ms: _builtins.int = ...,
+        reserve: Global___WriteBegin | None = ...,
+        commit: Global___LocalCommit | None = ...,
+        acquire: Global___ReadRequest | None = ...,
+        next: Global___LocalNext | None = ...,
+        done: Global___LocalDone | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "call", b"call", "commit", b"commit", "done", b"done", "next", b"next", "reserve", b"reserve"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acquire", b"acquire", "budget_ms", b"budget_ms", "call", b"call", "commit", b"commit", "done", b"done", "next", b"next", "number", b"number", "reserve", b"reserve"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["reserve", "commit", "acquire", "next", "done"]  # noqa: Y015
+    _WhichOneofArgType_call: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_call) -> _WhichOneofReturnType_call | None: ...
+
+Global___LocalRequest: _TypeAlias = LocalRequest  # noqa: Y015
+
+@_typing.final
+class LocalCommit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalCommit: _TypeAlias = LocalCommit  # noqa: Y015
+
+@_typing.final
+class LocalNext(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalNext: _TypeAlias = LocalNext  # noqa: Y015
+
+@_typing.final
+class LocalDone(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalDone: _TypeAlias = LocalDone  # noqa: Y015
+
+@_typing.final
+class LocalReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    status: _builtins.int
+    """as a gRPC status code; 0: OK"""
+    details: _builtins.str
+    """of another status"""
+    @_builtins.property
+    def slots(self) -> Global___LocalSlots:
+        """of reserve and commit"""
+
+    @_builtins.property
+    def blocks(self) -> Global___LocalBlocks:
+        """of acquire and next"""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        status: _builtins.int = ...,
+        details: _builtins.str = ...,
+        slots: Global___LocalSlots | None = ...,
+        blocks: Global___LocalBlocks | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "slots", b"slots"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "details", b"details", "number", b"number", "slots", b"slots", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalReply: _TypeAlias = LocalReply  # noqa: Y015
+
+@_typing.final
+class LocalSlots(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEXES_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
+    full: _builtins.bool
+    """there is no room for the rest; another path may have more luck"""
+    @_builtins.property
+    def indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the run's blocks that shall be written now; none: it is over"""
+
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """where in the arena, one for each"""
+
+    @_builtins.property
+    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """ascending indexes of the blocks that the node holds by now"""
+
+    def __init__(
+        self,
+        *,
+        indexes: _abc.Iterable[_builtins.int] | None = ...,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+        held: _abc.Iterable[_builtins.int] | None = ...,
+        full: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "held", b"held", "indexes", b"indexes", "offsets", b"offsets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalSlots: _TypeAlias = LocalSlots  # noqa: Y015
+
+@_typing.final
+class LocalBlocks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    last: _builtins.bool
+    """none come after these"""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___LocalBlock]:
+        """in the order of the keys, behind those of the reply before"""
+
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___LocalBlock] | None = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "last", b"last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalBlocks: _TypeAlias = LocalBlocks  # noqa: Y015
+
+@_typing.final
+class LocalBlock(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HERE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    here: _builtins.bool
+    """false: it is not in the arena; Read may find it elsewhere"""
+    offset: _builtins.int
+    """where in the arena; it has the space's block_bytes"""
+    digest: _builtins.bytes
+    """as in BlockHeader"""
+    tier: _builtins.str
+    """where it lay before"""
+    def __init__(
+        self,
+        *,
+        here: _builtins.bool = ...,
+        offset: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        tier: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "here", b"here", "offset", b"offset", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalBlock: _TypeAlias = LocalBlock  # noqa: Y015

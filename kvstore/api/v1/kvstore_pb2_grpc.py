@@ -89,6 +89,11 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchRequest.SerializeToString,
                 response_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchReply.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_unary(
+                '/kvstore.v1.KVStore/Attach',
+                request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachRequest.SerializeToString,
+                response_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachReply.FromString,
+                _registered_method=True)
         self.Scrub = channel.unary_stream(
                 '/kvstore.v1.KVStore/Scrub',
                 request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ScrubRequest.SerializeToString,
@@ -176,6 +181,14 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attach(self, request, context):
+        """Invites a client on this host to map the arena: it shows the ticket at the node's unix socket,
+        gets the file there, and from then on sends LocalRequests over that connection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Scrub(self, request, context):
         """Reads every block on the node's disk once and drops what is damaged; reports as it goes.
         """
@@ -240,6 +253,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchRequest.FromString,
                     response_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchReply.SerializeToString,
+            ),
+            'Attach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachRequest.FromString,
+                    response_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachReply.SerializeToString,
             ),
             'Scrub': grpc.unary_stream_rpc_method_handler(
                     servicer.Scrub,
@@ -544,6 +562,33 @@ class KVStore(object):
             '/kvstore.v1.KVStore/Watch',
             kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchRequest.SerializeToString,
             kvstore_dot_api_dot_v1_dot_kvstore__pb2.WatchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.KVStore/Attach',
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachRequest.SerializeToString,
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachReply.FromString,
             options,
             channel_credentials,
             insecure,

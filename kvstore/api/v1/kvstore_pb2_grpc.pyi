@@ -62,6 +62,10 @@ class KVStoreStub:
     """What the node is, how full its tiers are and what it has counted."""
     Watch: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.WatchRequest, _kvstore_pb2.WatchReply]
     """Events of the node from now on, until the caller hangs up."""
+    Attach: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.AttachRequest, _kvstore_pb2.AttachReply]
+    """Invites a client on this host to map the arena: it shows the ticket at the node's unix socket,
+    gets the file there, and from then on sends LocalRequests over that connection.
+    """
     Scrub: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.ScrubRequest, _kvstore_pb2.ScrubReply]
     """Reads every block on the node's disk once and drops what is damaged; reports as it goes."""
 
@@ -90,6 +94,10 @@ class KVStoreAsyncStub(KVStoreStub):
     """What the node is, how full its tiers are and what it has counted."""
     Watch: _aio.UnaryStreamMultiCallable[_kvstore_pb2.WatchRequest, _kvstore_pb2.WatchReply]  # type: ignore[assignment]
     """Events of the node from now on, until the caller hangs up."""
+    Attach: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.AttachRequest, _kvstore_pb2.AttachReply]  # type: ignore[assignment]
+    """Invites a client on this host to map the arena: it shows the ticket at the node's unix socket,
+    gets the file there, and from then on sends LocalRequests over that connection.
+    """
     Scrub: _aio.UnaryStreamMultiCallable[_kvstore_pb2.ScrubRequest, _kvstore_pb2.ScrubReply]  # type: ignore[assignment]
     """Reads every block on the node's disk once and drops what is damaged; reports as it goes."""
 
@@ -181,6 +189,16 @@ class KVStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvstore_pb2.WatchReply], _abc.AsyncIterator[_kvstore_pb2.WatchReply]]:
         """Events of the node from now on, until the caller hangs up."""
+
+    @_abc_1.abstractmethod
+    def Attach(
+        self,
+        request: _kvstore_pb2.AttachRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.AttachReply, _abc.Awaitable[_kvstore_pb2.AttachReply]]:
+        """Invites a client on this host to map the arena: it shows the ticket at the node's unix socket,
+        gets the file there, and from then on sends LocalRequests over that connection.
+        """
 
     @_abc_1.abstractmethod
     def Scrub(

@@ -67,7 +67,7 @@ BUGS = (
     ),
     _bug(
         "write: one that is cancelled keeps its slot",
-        (f"{_WRITING}.close", "self._tiers.memory.abort(self._slot)", "pass"),
+        (f"{_WRITING}.close", "self._offer.tiers.memory.abort(self._slot)", "pass"),
         quick=True,
     ),
     _bug(

@@ -84,6 +84,8 @@ def _run(checkpoint: Path, console: Console) -> Report:
         vram_blocks=VRAM_BLOCKS,
         tokens=dict.fromkeys(MODULES, ""),
         record_spill_digests=True,
+        # So small a model computes sooner than it loads; here the path is to be seen.
+        restore_gate=False,
     )
     layout = read_layout(checkpoint, worker.block_tokens, worker.dtype)
     requests = sum(len(act.turns) for act in (*BEFORE_CRASH, *AFTER_CRASH))

@@ -1,0 +1,45 @@
+"""The node's arena as this process has it mapped, and copies from and to it."""
+
+import ctypes
+import mmap
+import os
+
+
+class MappedArena:
+    """`size_bytes` of the node's memory. Which of them may be touched, the node says.
+
+    Copies drop the interpreter's lock, so that other threads go on meanwhile.
+    """
+
+    def __init__(self, file: int, size_bytes: int) -> None:
+        """Maps the file and lets go of it. Raises OSError, or ValueError if it is too short."""
+        try:
+            # All page tables now: each page's first touch costs as much as copying it.
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._map = mmap.mmap(file, size_bytes, flags=flags)
+        finally:
+            os.close(file)
+        self._size_bytes = size_bytes
+        self._view = memoryview(self._map)
+        self._address = _address_of(self._view)
+
+    def write(self, offset: int, block: memoryview) -> None:
+        """Copies a block into its slot. Raises ValueError for a place outside the arena."""
+        self._check(offset, len(block))
+        if block.readonly:  # Its address is not to be had; the lock is kept then.
+            self._view[offset : offset + len(block)] = block
+        else:
+            ctypes.memmove(self._address + offset, _address_of(block), len(block))
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Copies a slot into a buffer. Raises ValueError for a place outside the arena."""
+        self._check(offset, len(into))
+        ctypes.memmove(_address_of(into), self._address + offset, len(into))
+
+    def _check(self, offset: int, size: int) -> None:
+        if offset + size > self._size_bytes:
+            raise ValueError(f"{size} bytes at {offset} are not in the arena")
+
+
+def _address_of(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))

@@ -1,0 +1,214 @@
+"""The unix socket at which clients on this host get the arena, and then read and write in it.
+
+A ticket from `Attach`, which gRPC has authenticated, opens it once; beside that the kernel says
+who the other process belongs to. The connection is the client's life: its end, however it comes,
+gives back what the client held.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import socket
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from kvstore.api.errors import ConfigError, InvalidArgument, ResourceExhausted
+from kvstore.api.local import HELLO, LENGTH, MESSAGE_BYTES, REFUSED, TICKET_BYTES, WELCOME
+from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore.attachment import Attachment, Room
+from kvstore.calls import Calls
+from kvstore.local_calls import LocalCalls
+from kvstore.node import Node
+
+_log = logging.getLogger("kvstore.local")
+
+TICKET_S = 10.0
+MAX_TICKETS = 1024
+HELLO_S = 5.0
+MAX_CLIENTS = 1024
+BACKLOG = 128
+_PEER = struct.Struct("<iII")
+"""Process, user and group of the other side, as the kernel tells them."""
+LONGEST_PATH_BYTES = 107
+"""What fits the address of a unix socket."""
+
+
+class Ticket(NamedTuple):
+    """What its bearer may do, and until when."""
+
+    authorization: str | None
+    expires_s: float
+
+
+class LocalSocket:
+    """Hands the arena to clients of this host. `await start()`, later `await close()`."""
+
+    def __init__(
+        self, directory: Path, endpoint: str, node: Node, calls: Calls, room: Room
+    ) -> None:
+        # Short, and no other node's: ids are unique, and so is where one listens on its host.
+        name = hashlib.sha256(f"{node.node_id} {endpoint}".encode()).hexdigest()[:16]
+        self.path = directory / f"{name}.sock"
+        self._node = node
+        self._calls = calls
+        self._room = room
+        self._tickets: dict[bytes, Ticket] = {}
+        self._listening: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._serving: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listens. Raises ConfigError, naming the setting, if it cannot."""
+        self._listening = _listen(self.path)
+        self._accepting = asyncio.create_task(self._accept(self._listening))
+
+    def ticket(self, authorization: str | None) -> pb.AttachReply:
+        """Invites somebody whom gRPC has authenticated by this header."""
+        now_s = self._node.clock.monotonic_s()
+        self._tickets = {t: known for t, known in self._tickets.items() if known.expires_s > now_s}
+        if len(self._tickets) >= MAX_TICKETS or len(self._serving) >= MAX_CLIENTS:
+            raise ResourceExhausted("attach: too many clients attach at once")
+        ticket = secrets.token_bytes(TICKET_BYTES)
+        self._tickets[ticket] = Ticket(authorization, now_s + TICKET_S)
+        return pb.AttachReply(
+            socket_path=str(self.path), ticket=ticket, ticket_ms=round(TICKET_S * 1000)
+        )
+
+    async def close(self) -> None:
+        """Hangs up on everybody. What they have mapped stays theirs until they let go of it."""
+        if self._listening is None:
+            return
+        assert self._accepting is not None
+        for task in (self._accepting, *self._serving):
+            task.cancel()
+        await asyncio.gather(self._accepting, *self._serving, return_exceptions=True)
+        self._listening.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listening)
+            except OSError as error:  # No descriptors left, say; those that wait keep waiting.
+                _log.warning("%s: %s", self.path, error)
+                await self._node.clock.sleep(1.0)
+                continue
+            serving = asyncio.create_task(self._serve(connection))
+            self._serving.add(serving)
+            serving.add_done_callback(self._serving.discard)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        try:
+            async with asyncio.timeout(HELLO_S):
+                ticket = await self._hello(connection)
+        except (OSError, TimeoutError):
+            ticket = None
+        except BaseException:
+            connection.close()
+            raise
+        if ticket is None:
+            connection.close()
+            return
+        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=MESSAGE_BYTES)
+        attachment = Attachment(self._node.tiers, self._room)
+        calls = LocalCalls(self._node, self._calls, attachment, ticket.authorization)
+        try:
+            await _converse(reader, writer, calls)
+        except (OSError, asyncio.IncompleteReadError, InvalidArgument, DecodeError) as error:
+            if not isinstance(error, asyncio.IncompleteReadError) or error.partial:
+                _log.warning("a client on this host was cut off: %s", error)
+        finally:
+            try:
+                await calls.end()
+            finally:
+                attachment.end()
+                writer.close()
+
+    async def _hello(self, connection: socket.socket) -> Ticket | None:
+        """Lets the bearer of a ticket in; None for anybody else."""
+        loop = asyncio.get_running_loop()
+        shown = b""
+        while len(shown) < TICKET_BYTES:
+            more = await loop.sock_recv(connection, TICKET_BYTES - len(shown))
+            if not more:
+                return None
+            shown += more
+        ticket = self._tickets.pop(shown, None)
+        good = ticket is not None and ticket.expires_s > self._node.clock.monotonic_s()
+        if ticket is None or not good or not _is_ours(connection):
+            await loop.sock_sendall(connection, HELLO.pack(REFUSED, 0))
+            return None
+        arena = self._node.tiers.memory.arena
+        socket.send_fds(connection, [HELLO.pack(WELCOME, arena.capacity_bytes)], [arena.file])
+        return ticket
+
+
+async def _converse(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, calls: LocalCalls
+) -> None:
+    """Takes messages until the client hangs up, which ends in IncompleteReadError."""
+
+    async def answer(reply: pb.LocalReply) -> None:
+        packed = reply.SerializeToString()
+        writer.write(LENGTH.pack(len(packed)) + packed)
+        await writer.drain()
+
+    while True:
+        [length] = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+        if length > MESSAGE_BYTES:
+            raise InvalidArgument(f"a message of {length} bytes; at most {MESSAGE_BYTES} are taken")
+        request = pb.LocalRequest.FromString(await reader.readexactly(length))
+        await calls.take(request, answer)
+
+
+def _is_ours(connection: socket.socket) -> bool:
+    """Whether the other process may read the arena anyway: it is this user's, or root's."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    _, user, _ = _PEER.unpack(packed)
+    return user in (0, os.geteuid())
+
+
+def _listen(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > LONGEST_PATH_BYTES:
+        raise ConfigError(
+            f"shared_memory.directory: {path} is too long for a socket, which has at most "
+            f"{LONGEST_PATH_BYTES} bytes; choose a shorter one"
+        )
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_taken(path):
+            raise ConfigError(
+                f"shared_memory.directory: another node listens at {path}; give one of them "
+                "another cluster.node_id, or another directory"
+            )
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        listening.bind(str(path))
+        path.chmod(0o600)
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"shared_memory.directory: {path}: {error.strerror}") from None
+    except ConfigError:
+        listening.close()
+        raise
+    return listening
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether somebody answers there; what a killed node left behind is nobody's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,69 @@
+"""The receiving end of a write into the arena: slots to fill, then blocks in memory."""
+
+from collections import deque
+
+from kvstore.offer import Offer
+from kvstore.tiers.memory import Slot
+
+
+class Placing:
+    """One run of a chain whose writer fills the slots himself. Call `close` however it ends.
+
+    Invariant: the slots of `reserve` are known to nobody else until `commit`, or given back.
+    """
+
+    def __init__(self, offer: Offer) -> None:
+        self._offer = offer
+        self._left = deque(offer.wanted)
+        self._slots: list[tuple[int, Slot]] = []
+
+    @property
+    def block_bytes(self) -> int:
+        """How long the blocks are."""
+        return self._offer.block_bytes
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks that the node holds now, as indexes into the run."""
+        return self._offer.held
+
+    @property
+    def left(self) -> int:
+        """How many blocks are wanted that got no slot yet."""
+        return len(self._left)
+
+    async def reserve(self, count: int) -> list[tuple[int, Slot]]:
+        """Slots for the next blocks that are wanted, `count` at most; fewer if memory is full."""
+        assert not self._slots, "the last ones are neither committed nor given back"
+        offer = self._offer
+        for _ in range(min(count, len(self._left))):
+            index = self._left.popleft()
+            slot = await offer.tiers.reserve(offer.refs[index], offer.block_bytes)
+            if slot is None:
+                break
+            self._slots.append((index, slot))
+        return self._slots
+
+    async def commit(self) -> None:
+        """Takes the blocks that were written to the slots of the last `reserve`."""
+        offer = self._offer
+        while self._slots:
+            index, slot = self._slots[0]
+            above = await offer.hold_parent(index)
+            del self._slots[0]
+            if not above:
+                offer.tiers.memory.abort(slot)
+            elif offer.commit(index, slot, b"") is slot:
+                # Not later: from here on others may want to read it.
+                offer.tiers.digests.begin(offer.space_id, [slot])
+
+    def finish(self) -> None:
+        """No more blocks come."""
+        self._offer.advise()
+
+    def close(self) -> None:
+        """Gives back the slots that were not committed."""
+        slots, self._slots = self._slots, []
+        for _, slot in slots:
+            self._offer.tiers.memory.abort(slot)
+        self._offer.close()
