@@ -1,5 +1,6 @@
 """From a plan to rows: each path and its floor in turn, so that noise hits both alike."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from benchmarks.dataplane.stage import Refused, Stage
 from benchmarks.dataplane.through_client import ARGUMENTS, NotThisWay, arguments_for
 from benchmarks.dataplane.ways import KNOBS, SERVERS
 
+LEAST_SAMPLES = 3
+CELL_S = 3.0
+"""A cell that has taken longer, and has so many samples, gets no more of them."""
 KNOB_ROUNDS = 2
 """Each choice of a floor is sampled so often; its best sample counts."""
 
@@ -78,6 +82,7 @@ def measure_cell(plan: Plan, stage: Stage, cell: Cell, knob: int) -> Row:
     ours: list[Sample] = []
     floors: list[Sample] = []
     reason = why_not(cell.path) if cell.path in ARGUMENTS else ""
+    end_s = time.monotonic() + CELL_S
     for number in range(plan.repeats + 1):
         taken: dict[str, Sample] = {}
         pair = [cell.floor, cell.path]
@@ -96,4 +101,6 @@ def measure_cell(plan: Plan, stage: Stage, cell: Cell, knob: int) -> Row:
         if number > 0:
             floors.append(taken[cell.floor])
             ours += [taken[cell.path]] if cell.path in taken and not reason else []
+        if number >= LEAST_SAMPLES and time.monotonic() > end_s:
+            break
     return row_of(cell, ours, floors, knob=knob, reason=reason)

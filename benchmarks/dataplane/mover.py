@@ -29,7 +29,7 @@ class Mover:
         self._owner = owner
         self._ring = ring
         self._where = where
-        self._ways: dict[str, Way] = {}
+        self.ways: dict[str, Way] = {}
         self._turned: dict[tuple[str, str, int], int] = {}
         """Where in the rotation the next sample begins."""
 
@@ -43,10 +43,10 @@ class Mover:
 
     async def do_prepare(self, way: str, op: str, knob: int) -> Words:
         """Not on the clock: opens the way, and brings about what the calls need."""
-        if way not in self._ways:
-            self._ways[way] = await open_way(way, self._ring, self._owner, self._where)
-        self._ways[way].knob = knob or self._ways[way].knob
-        await self._ways[way].prepare(op)
+        if way not in self.ways:
+            self.ways[way] = await open_way(way, self._ring, self._owner, self._where)
+        self.ways[way].knob = knob or self.ways[way].knob
+        await self.ways[way].prepare(op)
         return {}
 
     async def do_sample(self, way: str, op: str, batch: int, tasks: int, most_s: float) -> Words:
@@ -57,12 +57,12 @@ class Mover:
         key = (way, op, batch)
         start = self._turned.get(key, 0) % len(calls)
         sample = await take_sample(
-            getattr(self._ways[way], op),
+            getattr(self.ways[way], op),
             calls[start:] + calls[:start],
             block_bytes=self._ring.block_bytes,
             tasks=tasks,
             most_s=most_s,
-            tidy=getattr(self._ways[way], "tidy", None) if op == MATCH else None,
+            tidy=getattr(self.ways[way], "tidy", None) if op == MATCH else None,
         )
         self._turned[key] = start + len(sample.call_s)
         return asdict(sample)
@@ -72,7 +72,7 @@ class Mover:
         places = self._ring.calls(batch)[-1]
         for target in self._ring.targets(places):
             target[:] = bytes(len(target))
-        opened: Any = self._ways[way]
+        opened: Any = self.ways[way]
         got = opened.get(places)
         if got is not None:
             await got
@@ -81,13 +81,13 @@ class Mover:
 
     async def do_close(self, way: str) -> Words:
         """Lets go of a way."""
-        if way in self._ways:
-            await self._ways.pop(way).close()
+        if way in self.ways:
+            await self.ways.pop(way).close()
         return {}
 
     async def close(self) -> None:
         """Lets go of all of them."""
-        for way in list(self._ways):
+        for way in list(self.ways):
             await self.do_close(way)
 
 

@@ -24,14 +24,14 @@ def size_text(size: int) -> str:
 
 
 def table(machine: str, rows: Sequence[Row]) -> Table:
-    """One line for each row that was measured, a note for those that were not."""
+    """One line for each row, path by path; below it why rows are empty."""
     table = Table(title="Data plane", caption=_caption(machine, rows), caption_justify="left")
     for heading in ("path", "op", "block", "batch", "clients"):
         table.add_column(heading, justify="left" if heading in ("path", "op") else "right")
     for heading in ("GB/s", "floor", "ratio", "goal", "p50 ms", "p99 ms", "CPU s/GB", "floor's"):
         table.add_column(heading, justify="right")
     previous = ""
-    for row in rows:
+    for row in sorted(rows, key=_order):
         if previous and previous != row.path:
             table.add_section()
         previous = row.path
@@ -43,6 +43,11 @@ def table(machine: str, rows: Sequence[Row]) -> Table:
             _number(row.cpu_s_per_gb, 2), _number(row.floor_cpu_s_per_gb, 2),
         )  # fmt: skip
     return table
+
+
+def _order(row: Row) -> tuple[int, int, int, int, int]:
+    op = (*OPS, MATCH).index(row.op)
+    return PATHS.index(row.path), op, row.block_bytes, row.batch, row.clients
 
 
 def _caption(machine: str, rows: Sequence[Row]) -> str:

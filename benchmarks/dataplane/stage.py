@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +39,7 @@ class Stage:
     """Servers and clients for blocks of one size. Enter it; nothing outlives it.
 
     Clients are processes that each go round in `ring_blocks` blocks. Servers that no path needs
-    are not started.
+    are not started. Files lie in a new directory in `home`.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Stage:
         try:
             self._start()
         except BaseException:
-            self._exits.close()
+            self._exits.__exit__(*sys.exc_info())
             raise
         return self
 
@@ -107,7 +109,8 @@ class Stage:
         return answers
 
     def _start(self) -> None:
-        where: dict[str, Any] = {"home": str(self._home)}
+        files = self._exits.enter_context(tempfile.TemporaryDirectory(dir=self._home))
+        where: dict[str, Any] = {"home": files}
         if "floors" in self._wanted:
             floors = self._child("floors", "benchmarks.dataplane.floor_server")
             where |= floors.hear(START_S)
@@ -116,19 +119,19 @@ class Stage:
             self._pids["redis"] = redis.pid
             where["redis_url"] = redis.url
         if "node" in self._wanted:
-            where["endpoint"] = self._node().hear(START_S)["endpoint"]
+            where["endpoint"] = self._node(Path(files)).hear(START_S)["endpoint"]
         for owner in range(self._clients):
             arguments = [owner, self._block_bytes, self._ring_blocks, json.dumps(where)]
             mover = Child("benchmarks.dataplane.mover", *map(str, arguments))
             self._movers.append(self._exits.enter_context(mover))
 
-    def _node(self) -> Child:
+    def _node(self, files: Path) -> Child:
         """A node that keeps all blocks of all clients in memory, and nothing elsewhere."""
         ring_bytes = self._ring_blocks * self._block_bytes
         # A quarter more than the blocks: slabs are cut into whole slots.
         slabs = -(-self._clients * ring_bytes * 5 // (4 * SLAB_BYTES)) + 2
         flags = NODE_FLAGS | {
-            "--disk-path": str(self._home / "node"),
+            "--disk-path": str(files / "node"),
             "--memory-capacity-bytes": str(slabs * SLAB_BYTES),
             "--memory-slab-bytes": str(SLAB_BYTES),
         }
