@@ -19,7 +19,7 @@ from benchmarks.dataplane.measure import why_not
 from benchmarks.dataplane.memcpy import Memcpy
 from benchmarks.dataplane.mover import Mover
 from benchmarks.dataplane.plan import FLOORS, GOALS, MATCH, OPS, PATHS, Cell, Plan
-from benchmarks.dataplane.report import as_dict, table
+from benchmarks.dataplane.report import as_dict, table, warning
 from benchmarks.dataplane.ring import Ring
 from benchmarks.dataplane.row import row_of
 from benchmarks.dataplane.sampler import Sample, take_sample
@@ -49,6 +49,7 @@ def test_a_small_run_has_a_row_for_every_cell(tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     written = json.loads(result.read_text())
     assert written["machine"]
+    assert written["load_before"] >= 0
     rows = [row for row in written["rows"] if row["op"] != MATCH]
     found = [(row["path"], row["op"], row["batch"], row["clients"]) for row in rows]
     wanted = [(p, op, b, c) for p in PATHS for op in OPS for b in (1, 4) for c in (1, 2)]
@@ -220,6 +221,13 @@ def test_the_table_says_why_a_row_is_empty() -> None:
     assert "bulk did not run: no such path" in str(table("a machine", [row]).caption)
     [written] = as_dict("a machine", [row])["rows"]
     assert (written["gb_per_s"], written["floor"]) == (None, 1.0)
+
+
+def test_who_measures_on_a_busy_machine_is_told() -> None:
+    """With the load and the CPUs; on an idle one nothing is said."""
+    assert warning(0.0) == ""
+    cpus = os.cpu_count() or 1
+    assert f"load {2.0 * cpus:.1f} on {cpus} CPUs" in warning(2.0 * cpus)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.dataplane.child import ChildGone
 from benchmarks.dataplane.measure import measure
 from benchmarks.dataplane.plan import PATHS, Plan, default_rotation_bytes
-from benchmarks.dataplane.report import as_dict, draw, table
+from benchmarks.dataplane.report import as_dict, draw, table, warning
 from benchmarks.dataplane.stage import Refused
 from benchmarks.proof import machine
 from kvstore.api.errors import ConfigError
@@ -242,6 +243,7 @@ def main(
         sample_s=sample_s or usual["sample_s"],
         rotation_bytes=max(rotation_bytes or [default_rotation_bytes()]),
     )
+    load_before = os.getloadavg()[0]
     cells = sum(len(plan.cells(size)) for size in plan.block_bytes) + len(plan.match_cells())
     try:
         with (
@@ -254,8 +256,8 @@ def main(
         raise click.ClickException(str(error)) from None
     said = machine()
     if json_file is not None:
-        json_file.write_text(json.dumps(as_dict(said, rows), indent=1) + "\n")
+        json_file.write_text(json.dumps(as_dict(said, rows, load_before), indent=1) + "\n")
     if png_file is not None:
-        draw(said, rows, png_file)
+        draw(said, rows, png_file, warning(load_before))
     console = Console()
-    Console(width=max(console.width, _WIDTH)).print(table(said, rows))
+    Console(width=max(console.width, _WIDTH)).print(table(said, rows, warning(load_before)))

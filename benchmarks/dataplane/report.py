@@ -1,5 +1,6 @@
 """The rows as people and programs read them: a table, a picture, JSON."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,28 @@ from benchmarks.dataplane.row import Row
 
 _COLORS = dict(zip(PATHS, ("C0", "C1", "C2", "C3", "C4"), strict=True))
 _BAR_WIDTH = 0.7
+BUSY_SHARE = 0.5
+"""From so much load on each CPU on, others take a part of the machine that can be seen."""
 
 
-def as_dict(machine: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """For JSON."""
-    return {"machine": machine, "rows": [row.as_dict() for row in rows]}
+def as_dict(machine: str, rows: Sequence[Row], load_before: float = 0.0) -> dict[str, Any]:
+    """For JSON. `load_before` is the load average of the minute before the run."""
+    return {
+        "machine": machine,
+        "load_before": round(load_before, 2),
+        "rows": [row.as_dict() for row in rows],
+    }
+
+
+def warning(load_before: float) -> str:
+    """What to think of figures from a machine that had other things to do; empty: it had none."""
+    cpus = os.cpu_count() or 1
+    if load_before < BUSY_SHARE * cpus:
+        return ""
+    return (
+        f"The machine was busy (load {load_before:.1f} on {cpus} CPUs before the run): speeds and "
+        "ratios are noise there; CPU seconds hold better."
+    )
 
 
 def size_text(size: int) -> str:
@@ -23,9 +41,9 @@ def size_text(size: int) -> str:
     return f"{size / (1 << 20):g} MiB" if size >= 1 << 20 else f"{size / (1 << 10):g} KiB"
 
 
-def table(machine: str, rows: Sequence[Row]) -> Table:
+def table(machine: str, rows: Sequence[Row], note: str = "") -> Table:
     """One line for each row, path by path; below it why rows are empty."""
-    table = Table(title="Data plane", caption=_caption(machine, rows), caption_justify="left")
+    table = Table(title="Data plane", caption=_caption(machine, rows, note), caption_justify="left")
     for heading in ("path", "op", "block", "batch", "clients"):
         table.add_column(heading, justify="left" if heading in ("path", "op") else "right")
     for heading in ("GB/s", "floor", "ratio", "goal", "p50 ms", "p99 ms", "CPU s/GB", "floor's"):
@@ -50,12 +68,12 @@ def _order(row: Row) -> tuple[int, int, int, int, int]:
     return PATHS.index(row.path), op, row.block_bytes, row.batch, row.clients
 
 
-def _caption(machine: str, rows: Sequence[Row]) -> str:
+def _caption(machine: str, rows: Sequence[Row], note: str) -> str:
     floors = {row.path: row.floor_name for row in rows if row.op != MATCH}
     words = [machine, "Floors: " + ", ".join(f"{path}: {name}" for path, name in floors.items())]
     reasons = {(row.path, row.reason) for row in rows if row.reason}
     words += [f"{path} did not run: {reason}" for path, reason in sorted(reasons)]
-    return "\n".join(words)
+    return "\n".join([*words, *([note] if note else [])])
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -73,7 +91,7 @@ def _goal(row: Row) -> str:
     return f"{'≤' if row.op == MATCH else '≥'} {row.goal:.2f}"
 
 
-def draw(machine: str, rows: Sequence[Row], file: Path) -> None:
+def draw(machine: str, rows: Sequence[Row], file: Path, note: str = "") -> None:
     """Speed by path and block size for the largest batch, each bar below the line of its floor."""
     from matplotlib.figure import Figure
 
@@ -92,7 +110,8 @@ def draw(machine: str, rows: Sequence[Row], file: Path) -> None:
             panels[line][column].set_title(f"{op}, {said}, batches of {batch}", loc="left")
             if column == 0:
                 panels[line][column].set_ylabel("GB/s")
-    figure.suptitle(f"{machine}\nbar: our path, with its ratio; line: its floor", fontsize=9)
+    words = [machine, "bar: our path, with its ratio; line: its floor", *([note] if note else [])]
+    figure.suptitle("\n".join(words), fontsize=8, wrap=True)
     figure.savefig(file)
 
 
