@@ -126,8 +126,11 @@ class Attachment:
         self._release(under_way, keep=1)
         window = under_way.left or next(under_way.windows, [])
         count = self._take(under_way.share_bytes, len(window))
-        if not count and under_way.held:
-            return [], False  # The reader still copies what it would need the room for.
+        if not count and any(under_way.held):
+            # The reader still copies what has the room, and gives it back when he asks again.
+            under_way.left = window
+            under_way.held.append([])
+            return [], False
         if not count:
             # Others of this client's calls, or of other clients, hold all that may be held.
             return [None] * sum(map(len, [window, *under_way.windows])), True

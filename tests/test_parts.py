@@ -6,6 +6,7 @@ from contextlib import suppress
 import pytest
 from google.protobuf.message import DecodeError
 
+from kvstore.api.errors import InvalidArgument
 from kvstore.api.parts import (
     Part,
     WriteParts,
@@ -82,9 +83,10 @@ def test_damaged_messages_are_refused_or_read(turn: int, rng: random.Random) -> 
     [b"\x0a", b"\x0a\x05abc", b"\x80" * 11, b"\x0b", b"\x02\x00", b"\x0d\x01", b"\xff"],
 )
 def test_a_message_that_breaks_off_is_refused(message: bytes) -> None:
-    for parse in (parse_reply, parse_request):
-        with pytest.raises(ValueError, match="message: "):
-            parse(message)
+    with pytest.raises(ValueError, match=r"it ends|a field|a number"):
+        parse_reply(message)
+    with pytest.raises(InvalidArgument, match="message: "):
+        parse_request(message)
 
 
 def test_the_data_of_a_message_is_not_copied() -> None:

@@ -240,6 +240,18 @@ async def test_a_client_holds_no_more_than_it_may(nodes: Nodes) -> None:
     assert not client.counters
 
 
+async def test_a_client_with_room_for_one_block_reads_them_one_by_one(nodes: Nodes) -> None:
+    """Each makes room for the next one; none is asked of the stream."""
+    server = await nodes.start(shared_memory={"client_fraction": 0.1})
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of(FITTING))
+    keys = keys_of("chat", 6)
+    assert await store(client, space, keys) == [True] * 6
+    assert await load(client, space, keys) == ["memory"] * 6
+    assert await served(server, "read") == 0
+    await idle(server)
+
+
 async def test_an_arena_full_of_leases_refuses_without_an_error(nodes: Nodes) -> None:
     """Everything is held by readers: the writer learns that nothing was taken, and lives on."""
     server = await nodes.start(

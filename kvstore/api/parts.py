@@ -8,6 +8,9 @@ to pack, none to parse. What travels is what protobuf would write (encoding: pro
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from google.protobuf.message import DecodeError
+
+from kvstore.api.errors import InvalidArgument
 from kvstore.api.v1 import kvstore_pb2 as pb
 
 _BEGIN = pb.WriteRequest.DESCRIPTOR.fields_by_name["begin"].number
@@ -68,17 +71,18 @@ def parse_reply(message: bytes) -> list[Part]:
 
 
 def parse_request(message: bytes) -> WriteParts:
-    """What a `WriteRequest` says. Raises ValueError for what is none."""
+    """What a `WriteRequest` says. Raises InvalidArgument for what is none."""
     begin: pb.WriteBegin | None = None
     parts: list[Part] = []
-    for number, value in _fields(memoryview(message)):
-        if not isinstance(value, memoryview):
-            continue
-        if number == _BEGIN:
-            begin = begin or pb.WriteBegin()
-            begin.MergeFromString(bytes(value))
-        elif number == _REQUEST_PIECES:
-            parts.append(_part(value))
+    try:
+        for number, value in _fields(memoryview(message)):
+            if number == _BEGIN and isinstance(value, memoryview):
+                begin = begin or pb.WriteBegin()
+                begin.MergeFromString(bytes(value))
+            elif number == _REQUEST_PIECES and isinstance(value, memoryview):
+                parts.append(_part(value))
+    except (ValueError, DecodeError) as error:
+        raise InvalidArgument(f"message: {error}") from None
     return WriteParts(begin, parts)
 
 
@@ -116,7 +120,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         tag, at = _read_varint(message, at)
         number, kind = tag >> 3, tag & 7
         if number == 0:
-            raise ValueError("message: a field without a number")
+            raise ValueError("a field without a number")
         if kind == _VARINT:
             value, at = _read_varint(message, at)
             yield number, value
@@ -126,9 +130,9 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif kind in (_FIXED32, _FIXED64):
             size = 4 if kind == _FIXED32 else 8
         else:
-            raise ValueError(f"message: a field of unknown kind {kind}")
+            raise ValueError(f"a field of unknown kind {kind}")
         if size > end - at:
-            raise ValueError("message: it ends within a field")
+            raise ValueError("it ends within a field")
         if kind == _BYTES:
             yield number, message[at : at + size]
         at += size
@@ -138,14 +142,14 @@ def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while shift < _VARINT_BITS:
         if at >= len(message):
-            raise ValueError("message: it ends within a number")
+            raise ValueError("it ends within a number")
         byte = message[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value & (1 << _VARINT_BITS) - 1, at
         shift += 7
-    raise ValueError("message: a number of more than 64 bits")
+    raise ValueError("a number of more than 64 bits")
 
 
 def _varint(value: int) -> bytes:
