@@ -1,7 +1,6 @@
 """The command line of the benchmark."""
 
 import json
-import math
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.dataplane.child import ChildGone
 from benchmarks.dataplane.measure import measure
+from benchmarks.dataplane.options import Amounts, Names, Seconds
 from benchmarks.dataplane.plan import PATHS, Plan, default_rotation_bytes
 from benchmarks.dataplane.report import as_dict, draw, table, warning
 from benchmarks.dataplane.stage import Refused
@@ -30,7 +30,6 @@ MOST_BLOCK_BYTES = 64 << 20
 MOST_BATCH = 4096
 MOST_CLIENTS = 64
 MOST_MATCH = 65_536
-_UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "b": 1}
 _WIDTH = 140
 """Columns of a table that nobody looks at in a terminal."""
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -43,77 +42,10 @@ _QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Names(click.ParamType[tuple[str, ...]]):
-    """Some of the paths, with commas between them."""
-
-    name = "names"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """The names in the order of `PATHS`, each once."""
-        if isinstance(value, tuple):
-            return value
-        names = {part.strip() for part in value.split(",")}
-        unknown = names - set(PATHS)
-        if unknown:
-            self.fail(f"{sorted(unknown)[0]!r} is not one of {', '.join(PATHS)}", param, ctx)
-        return tuple(name for name in PATHS if name in names)
-
-
-class Amounts(click.ParamType[tuple[int, ...]]):
-    """Numbers with commas between them, each of them within its range; sizes may have a unit."""
-
-    name = "amounts"
-
-    def __init__(self, least: int, most: int, multiple: int = 1) -> None:
-        self._least = least
-        self._most = most
-        self._multiple = multiple
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """The numbers in ascending order, each once."""
-        if isinstance(value, tuple):
-            return value
-        amounts = set()
-        for part in str(value).split(","):
-            amount = _amount(part)
-            if amount is None or not self._least <= amount <= self._most or amount % self._multiple:
-                of = f", a multiple of {self._multiple}" if self._multiple > 1 else ""
-                self.fail(f"{part!r}: {self._least:,} … {self._most:,} is needed{of}", param, ctx)
-            amounts.add(amount)
-        return tuple(sorted(amounts))
-
-
-def _amount(text: str) -> int | None:
-    """A number, or a number of bytes such as 2MiB; None: neither."""
-    text = text.strip().lower()
-    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = text[len(digits) :].strip()
-    if not digits.isdigit() or (unit and unit not in _UNITS):
-        return None
-    return int(digits) * _UNITS.get(unit, 1)
-
-
 def _png(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     if value is not None:
         require_pictures()
     return value
-
-
-class Seconds(click.FloatRange):
-    """A time within a range; not a number is outside of every range."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """The number itself."""
-        seconds = float(super().convert(value, param, ctx))
-        if math.isnan(seconds):
-            self.fail(f"{seconds} is not in the range {self._describe_range()}.", param, ctx)
-        return seconds
 
 
 @contextmanager
@@ -143,6 +75,7 @@ def _ending_in_order() -> Iterator[None]:
     """SIGTERM would end this process at once; the children are to end first, as at Ctrl-C."""
 
     def end(number: int, frame: object) -> None:
+        click.echo(f"Ended by {signal.Signals(number).name}.", err=True)
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)

@@ -12,6 +12,8 @@ from benchmarks.dataplane.row import Row
 
 _COLORS = dict(zip(PATHS, ("C0", "C1", "C2", "C3", "C4"), strict=True))
 _BAR_WIDTH = 0.7
+LEAST_PANEL, BAR_ROOM = 5.0, 0.55
+"""How wide a panel is at least, and for each bar: inches."""
 BUSY_SHARE = 0.5
 """From so much load on each CPU on, others take a part of the machine that can be seen."""
 
@@ -98,7 +100,9 @@ def draw(machine: str, rows: Sequence[Row], file: Path, note: str = "") -> None:
     moving = [row for row in rows if row.op in OPS]
     batch = max((row.batch for row in moving), default=1)
     clients = sorted({row.clients for row in moving}) or [1]
-    figure = Figure(figsize=(2 + 5 * len(clients), 8), dpi=120, layout="constrained")
+    bars = len({(row.path, row.block_bytes) for row in moving})
+    width = max(LEAST_PANEL, bars * BAR_ROOM)
+    figure = Figure(figsize=(1 + width * len(clients), 8), dpi=120, layout="constrained")
     panels = figure.subplots(len(OPS), len(clients), squeeze=False, sharey=True)
     for line, op in enumerate(OPS):
         for column, count in enumerate(clients):

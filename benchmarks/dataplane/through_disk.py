@@ -109,7 +109,9 @@ class ThroughDisk:
 
     def _sync_newest(self) -> None:
         """The log itself syncs a segment when it is full; the last one is still open."""
-        newest = file_name(max(segment_ids(self._files.names())))
+        # By the path, and not by the tier's own handle of the directory: two listings at a time
+        # over one handle share its position, and each would see a part.
+        newest = file_name(max(segment_ids(os.listdir(self._root))))
         handle = os.open(self._root / newest, os.O_RDONLY)
         try:
             os.fdatasync(handle)
