@@ -287,8 +287,7 @@ class Seen:
     def opened(self) -> bool:
         """Whether the breaker did what it has to; it may stay closed where many do not feel it."""
         if self.seconds_to_open is None or self.errors_to_open is None:
-            # Reads and writes have a breaker each, and each may be one failure short of opening.
-            return not self.opens and self.errors <= 2 * (FAILURES_TO_OPEN - 1)
+            return not self.opens and self.errors < FAILURES_TO_OPEN
         quick = self.seconds_to_open <= OPEN_WITHIN_S
         return quick or self.errors_to_open <= FAILURES_TO_OPEN
 

@@ -6,6 +6,7 @@ hold is limited instead.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvstore.api.errors import InvalidArgument
@@ -38,11 +39,14 @@ class Slots(NamedTuple):
     """Not all that was wanted could be placed."""
 
 
-class _Writing(NamedTuple):
+@dataclass(slots=True)
+class _Writing:
+    """A write under way."""
+
     placing: Placing
     share_bytes: int
-    taken: list[int]
-    """How many slots it holds, in one place."""
+    slots: int = 0
+    """How many it holds."""
 
 
 class _Reading:
@@ -76,7 +80,7 @@ class Attachment:
         """The first slots of a write."""
         self._check_new(number)
         share_bytes = self._tiers.memory.share_bytes(placing.block_bytes)
-        self._writes[number] = _Writing(placing, share_bytes, [0])
+        self._writes[number] = _Writing(placing, share_bytes)
         return await self._more_slots(number)
 
     async def commit(self, number: int) -> Slots:
@@ -85,8 +89,8 @@ class Attachment:
         if writing is None:
             raise InvalidArgument(f"number: no write {number} is under way")
         await writing.placing.commit()
-        self._give_back(writing.share_bytes * writing.taken[0])
-        writing.taken[0] = 0
+        self._give_back(writing.share_bytes * writing.slots)
+        writing.slots = 0
         return await self._more_slots(number)
 
     async def _more_slots(self, number: int) -> Slots:
@@ -94,10 +98,10 @@ class Attachment:
         placing, share_bytes = writing.placing, writing.share_bytes
         wanted = placing.left
         count = self._take(share_bytes, min(wanted, max(PLACE_WINDOW_BYTES // share_bytes, 1)))
-        writing.taken[0] = count
+        writing.slots = count
         slots = await placing.reserve(count) if count else []
         self._give_back(share_bytes * (count - len(slots)))
-        writing.taken[0] = len(slots)
+        writing.slots = len(slots)
         if not slots:
             placing.finish()
             self.done(number)
@@ -163,7 +167,7 @@ class Attachment:
         writing = self._writes.pop(number, None)
         if writing is not None:
             writing.placing.close()
-            self._give_back(writing.share_bytes * writing.taken[0])
+            self._give_back(writing.share_bytes * writing.slots)
         under_way = self._reads.pop(number, None)
         if under_way is not None:
             self._release(under_way, keep=0)
@@ -175,7 +179,7 @@ class Attachment:
 
     def check(self) -> None:
         """Recomputes the invariant; AssertionError tells what broke."""
-        writes = sum(each.share_bytes * each.taken[0] for each in self._writes.values())
+        writes = sum(each.share_bytes * each.slots for each in self._writes.values())
         reads = sum(
             each.share_bytes * len(held) for each in self._reads.values() for held in each.held
         )

@@ -30,6 +30,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 ANSWER_MARGIN_S = 0.02
 """So long before its deadline a call answers what it has; a tenth of it, where that is less."""
 WATCHERS_PER_CLIENT = 8
+LAST_WRITE_S = 1.0
+"""Who does not take a reply for so long hears of nothing more."""
 
 
 def authorization(context: Context) -> str | None:
@@ -47,10 +49,26 @@ class Call:
     client: str
     due_s: float
     """On the event loop's clock."""
+    context: Context
 
     def left_s(self) -> float:
         """What is left for the work, if its answer shall be of use."""
         return self.due_s - asyncio.get_running_loop().time()
+
+    async def write(self, reply: object) -> None:
+        """Sends one reply of several.
+
+        When a write is cancelled gRPC goes on with it, and sends no status meanwhile: the caller
+        would never hear how his call has ended. So its end is waited for.
+        """
+        writing = asyncio.ensure_future(self.context.write(reply))
+        # Where nobody waits any more, nobody asks for the error either.
+        writing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait([writing], timeout=LAST_WRITE_S)
+            raise
 
 
 class Calls:
@@ -177,7 +195,7 @@ class Calls:
         self._idle.clear()
         try:
             async with timeout:
-                yield Call(tenant, f"{tenant.name} {context.peer()}", due_s)
+                yield Call(tenant, f"{tenant.name} {context.peer()}", due_s, context)
         except TimeoutError:
             if self._ended and timeout.expired():
                 raise Unavailable("this node has stopped") from None

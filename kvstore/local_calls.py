@@ -14,11 +14,12 @@ import grpc
 from kvstore.api.errors import InvalidArgument
 from kvstore.api.keys import KEY_BYTES
 from kvstore.api.v1 import kvstore_pb2 as pb
-from kvstore.api.wire import check_space_id, hint_from_wire, unpack_keys
+from kvstore.api.wire import check_space_id, unpack_keys
 from kvstore.attachment import Attachment, Slots
 from kvstore.calls import Call, Calls
 from kvstore.node import Node
-from kvstore.servicer import KEY_COST_BYTES, MAX_SCOPES
+from kvstore.placing import Placing
+from kvstore.requests import KEY_COST_BYTES, MAX_SCOPES, begin_offer, check_count
 from kvstore.tiers.tiered import Acquired
 
 Answer = Callable[[pb.LocalReply], Awaitable[None]]
@@ -139,25 +140,14 @@ class LocalCalls:
 
     async def _reserve(self, call: Call, request: pb.LocalRequest) -> Slots:
         begin = request.reserve
-        if len(begin.parent_key) not in (0, KEY_BYTES):
-            raise InvalidArgument(f"begin.parent_key: {KEY_BYTES} bytes are needed, or none")
-        keys = unpack_keys(begin.keys, "begin.keys", least=1)
-        async with self._calls.admitted(call, KEY_COST_BYTES * len(keys)):
-            placing = await self._node.place(
-                call.tenant,
-                begin.scope,
-                check_space_id(begin.space_id),
-                keys,
-                parent_key=begin.parent_key,
-                parent_scope=begin.parent_scope,
-                hint=hint_from_wire(begin.hint) if begin.HasField("hint") else None,
-            )
-            return await self._attachment.begin_write(request.number, placing)
+        cost_bytes = KEY_COST_BYTES * (len(begin.keys) // KEY_BYTES)
+        async with self._calls.admitted(call, cost_bytes):
+            offer = await begin_offer(self._node, call.tenant, begin)
+            return await self._attachment.begin_write(request.number, Placing(offer))
 
     async def _acquire(self, call: Call, request: pb.LocalRequest, reply: pb.LocalReply) -> None:
         asked = request.acquire
-        if len(asked.scopes) > MAX_SCOPES:
-            raise InvalidArgument(f"scopes: at most {MAX_SCOPES}, got {len(asked.scopes)}")
+        check_count("scopes", len(asked.scopes), 0, MAX_SCOPES)
         space_id, keys = check_space_id(asked.space_id), unpack_keys(asked.keys)
         async with self._calls.admitted(call, KEY_COST_BYTES * len(keys)):
             reading = await self._node.reading(

@@ -19,8 +19,9 @@ from typing import NamedTuple
 from google.protobuf.message import DecodeError
 
 from kvstore.api.errors import ConfigError, InvalidArgument, ResourceExhausted
-from kvstore.api.local import HELLO, LENGTH, MESSAGE_BYTES, REFUSED, TICKET_BYTES, WELCOME
+from kvstore.api.local import HELLO, LENGTH, REFUSED, TICKET_BYTES, WELCOME
 from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore.api.wire import MESSAGE_BYTES
 from kvstore.attachment import Attachment, Room
 from kvstore.calls import Calls
 from kvstore.local_calls import LocalCalls

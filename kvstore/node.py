@@ -25,13 +25,11 @@ from kvstore.matching import longest_match, needed
 from kvstore.metrics import Metrics
 from kvstore.names import namespace
 from kvstore.offer import Offer
-from kvstore.placing import Placing
 from kvstore.policy.policy import Use
 from kvstore.reading import Delivered, Reading, always, windows
 from kvstore.tenants import PRIVATE_SCOPE, Tenant, check_scope
 from kvstore.tiers.disk import DiskTier, Scrubbed
 from kvstore.tiers.tiered import Tiered, Want
-from kvstore.writing import Incoming
 
 _log = logging.getLogger("kvstore.node")
 
@@ -387,7 +385,7 @@ class Node:
 
     # Write and the rest.
 
-    async def write(
+    async def offer(
         self,
         tenant: Tenant,
         scope: str,
@@ -397,36 +395,8 @@ class Node:
         parent_key: bytes = b"",
         parent_scope: str = PRIVATE_SCOPE,
         hint: ReuseHint | None = None,
-    ) -> Incoming:
-        """The receiving end of one run of a chain; it knows which blocks are wanted."""
-        offer = await self._offer(tenant, scope, space_id, keys, parent_key, parent_scope, hint)
-        return Incoming(offer, self.metrics)
-
-    async def place(
-        self,
-        tenant: Tenant,
-        scope: str,
-        space_id: bytes,
-        keys: Sequence[bytes],
-        *,
-        parent_key: bytes = b"",
-        parent_scope: str = PRIVATE_SCOPE,
-        hint: ReuseHint | None = None,
-    ) -> Placing:
-        """The same for who writes into the arena himself."""
-        offer = await self._offer(tenant, scope, space_id, keys, parent_key, parent_scope, hint)
-        return Placing(offer)
-
-    async def _offer(
-        self,
-        tenant: Tenant,
-        scope: str,
-        space_id: bytes,
-        keys: Sequence[bytes],
-        parent_key: bytes,
-        parent_scope: str,
-        hint: ReuseHint | None,
     ) -> Offer:
+        """One run of a chain that shall be written; it knows which blocks are wanted."""
         self._count_hint(hint)
         descriptor = self.space(space_id)
         refs = self.refs(tenant, scope, space_id, keys)

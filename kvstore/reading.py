@@ -79,9 +79,15 @@ class Reading:
             async with within(max(left_s, 0.0)):
                 held = await self._hold(window)
         except TimeoutError:
-            held = self._pin(window)
-        # A block that is asked for twice needs a pin for each place.
-        return [held.pop(want.ref, None) or self._tiers.pin(want) for want in window]
+            held = self._pin_complete(window)
+        first, given = set(held), [held.get(want.ref) for want in window]
+        for block in given:
+            if block is None:
+                continue
+            if block.slot.ref not in first:  # Asked for twice: each place needs a pin.
+                self._tiers.memory.pin(block.slot)
+            first.discard(block.slot.ref)
+        return given
 
     def tier(self, block: Acquired) -> str:
         """Where a block lay when it was matched, or else before it was read."""
@@ -106,7 +112,7 @@ class Reading:
                 sizes = {want.ref: want.size for want in window if want.ref not in held}
                 return held, await self._tiers.lend(sizes)
         except TimeoutError:
-            return held or self._pin(window), {}
+            return held or self._pin_complete(window), {}
         except BaseException:
             self._tiers.release(held.values())
             raise
@@ -123,6 +129,13 @@ class Reading:
         except BaseException:
             self._tiers.release(held.values())
             raise
+        return held
+
+    def _pin_complete(self, wants: list[Want]) -> dict[BlockRef, Acquired]:
+        """As `_pin`, without what still lacks its digest: nobody has the time to wait for it."""
+        held = self._pin(wants)
+        lacking = [ref for ref, block in held.items() if not block.slot.digest]
+        self._tiers.release(held.pop(ref) for ref in lacking)
         return held
 
     def _pin(self, wants: list[Want]) -> dict[BlockRef, Acquired]:

@@ -24,19 +24,16 @@ from kvstore.calls import Calls, Context, authorization
 from kvstore.events import Draining, Event, SegmentSealed
 from kvstore.node import Matched, Node
 from kvstore.reading import Delivered, window_bytes
-from kvstore.tenants import Tenant
+from kvstore.requests import KEY_COST_BYTES, MAX_SCOPES, begin_offer, check_count
 from kvstore.writing import Incoming
 
 if TYPE_CHECKING:
     from kvstore.directory import Directory
 
 MAX_SPACES = 64
-MAX_SCOPES = 16
 MAX_NAMES = 65_536
 """Names that one match may ask for: each key is one in each space and scope."""
 MAX_ID_BYTES = 32
-KEY_COST_BYTES = 256
-"""What one key of a request costs while it is worked on, as an object with its name and place."""
 NAME_COST_BYTES = 512
 """What one name of a match costs, with what a lease keeps of it."""
 HEAR_OUT_S = 1.0
@@ -89,11 +86,11 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
 
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         async with self._calls.call("match", context) as call:
-            _check_count("space_ids", len(request.space_ids), 1, MAX_SPACES)
-            _check_count("scopes", len(request.scopes), 0, MAX_SCOPES)
-            _check_count("request_id", len(request.request_id), 0, MAX_ID_BYTES)
+            check_count("space_ids", len(request.space_ids), 1, MAX_SPACES)
+            check_count("scopes", len(request.scopes), 0, MAX_SCOPES)
+            check_count("request_id", len(request.request_id), 0, MAX_ID_BYTES)
             keys = unpack_keys(request.keys)
-            _check_count("held_blocks", request.held_blocks, 0, len(keys))
+            check_count("held_blocks", request.held_blocks, 0, len(keys))
             names = len(keys) * len(request.space_ids) * max(len(request.scopes), 1)
             if names > MAX_NAMES:
                 raise InvalidArgument(
@@ -132,7 +129,7 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         self, request: pb.ReadRequest, context: Context
     ) -> None:
         async with self._calls.call("read", context) as call:
-            _check_count("scopes", len(request.scopes), 0, MAX_SCOPES)
+            check_count("scopes", len(request.scopes), 0, MAX_SCOPES)
             space_id, keys = check_space_id(request.space_id), unpack_keys(request.keys)
             async with self._calls.admitted(call, self._read_cost(space_id, len(keys))):
                 blocks = self._node.read(
@@ -145,7 +142,7 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                 )
                 async with aclosing(blocks), aclosing(_read_replies(blocks)) as replies:
                     async for reply in replies:
-                        await context.write(reply)
+                        await call.write(reply)
 
     async def Write(  # type: ignore[override]
         self, request_iterator: AsyncIterator[WriteParts], context: Context
@@ -157,16 +154,17 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                 raise InvalidArgument("begin: the first message of a write must carry it")
             cost = self._write_cost(check_space_id(first.begin.space_id), first.begin)
             async with self._calls.admitted(call, cost):
-                incoming = await self._begin_write(call.tenant, first.begin)
+                offer = await begin_offer(self._node, call.tenant, first.begin)
+                incoming = Incoming(offer, self._node.metrics)
                 try:
-                    await context.write(pb.WriteReply(offer=pb.WriteOffer(wanted=incoming.wanted)))
+                    await call.write(pb.WriteReply(offer=pb.WriteOffer(wanted=incoming.wanted)))
                     await _take(incoming, first.parts)
                     async for message in request_iterator:
                         if message.begin is not None:
                             raise InvalidArgument("begin: only the first message of a write has it")
                         await _take(incoming, message.parts)
                     incoming.finish()
-                    await context.write(pb.WriteReply(done=pb.WriteDone(held=incoming.held)))
+                    await call.write(pb.WriteReply(done=pb.WriteDone(held=incoming.held)))
                 except KvstoreError:
                     incoming.close()
                     await _hear_out(request_iterator)
@@ -244,19 +242,19 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
     async def Watch(  # type: ignore[override]
         self, request: pb.WatchRequest, context: Context
     ) -> None:
-        async with self._calls.call("watch", context, endless=True):
+        async with self._calls.call("watch", context, endless=True) as call:
             with self._node.events.watch() as events:
                 # Tells the caller that from now on nothing is missed.
                 await context.send_initial_metadata(())
                 event: Event | None = None
                 while not isinstance(event, Draining):
                     event = await events.get()
-                    await context.write(_event_reply(event))
+                    await call.write(_event_reply(event))
 
     async def Scrub(  # type: ignore[override]
         self, request: pb.ScrubRequest, context: Context
     ) -> None:
-        async with self._calls.call("scrub", context, endless=True):
+        async with self._calls.call("scrub", context, endless=True) as call:
             rate = min(request.bytes_per_s or self._scrub_bytes_per_s, self._scrub_bytes_per_s)
             async with aclosing(self._node.scrub(rate)) as reports:
                 async for report in reports:
@@ -268,7 +266,7 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                         damaged_blocks=report.damaged,
                         total_blocks=report.total,
                     )
-                    await context.write(reply)
+                    await call.write(reply)
 
     def _read_cost(self, space_id: bytes, keys: int) -> int:
         """A window of blocks, and the messages into which they are copied."""
@@ -282,19 +280,6 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         block_bytes = self._node.space(space_id).block_bytes
         message_bytes = min(keys * block_bytes, self._max_message_bytes)
         return block_bytes + message_bytes + KEY_COST_BYTES * keys
-
-    async def _begin_write(self, tenant: Tenant, begin: pb.WriteBegin) -> Incoming:
-        if len(begin.parent_key) not in (0, KEY_BYTES):
-            raise InvalidArgument(f"begin.parent_key: {KEY_BYTES} bytes are needed, or none")
-        return await self._node.write(
-            tenant,
-            begin.scope,
-            check_space_id(begin.space_id),
-            unpack_keys(begin.keys, "begin.keys", least=1),
-            parent_key=begin.parent_key,
-            parent_scope=begin.parent_scope,
-            hint=hint_from_wire(begin.hint) if begin.HasField("hint") else None,
-        )
 
     def _match_reply(self, matched: Matched) -> pb.MatchReply:
         reply = pb.MatchReply(matched_blocks=matched.blocks)
@@ -368,8 +353,3 @@ def _event_reply(event: Event) -> pb.WatchReply:
         )
         return pb.WatchReply(segment_sealed=sealed)
     return pb.WatchReply(draining=pb.Draining())
-
-
-def _check_count(field: str, count: int, least: int, most: int) -> None:
-    if not least <= count <= most:
-        raise InvalidArgument(f"{field}: {least} … {most} are allowed, got {count}")

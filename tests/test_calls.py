@@ -23,6 +23,7 @@ class OneCall:
 
     def __init__(self, left_s: float) -> None:
         self._left_s = left_s
+        self.writing = self.writing_at_its_end = False
 
     def invocation_metadata(self) -> tuple[()]:
         """Nothing: there is one tenant."""
@@ -36,8 +37,15 @@ class OneCall:
         """From where it comes."""
         return "here"
 
+    async def write(self, taken: asyncio.Event) -> None:
+        """Sends a reply, which the caller takes in his time; gRPC goes on when it is cancelled."""
+        self.writing = True
+        await taken.wait()
+        self.writing = False
+
     async def abort(self, *status: Any) -> None:
         """Ends it."""
+        self.writing_at_its_end = self.writing
         raise Aborted(*status)
 
 
@@ -77,6 +85,18 @@ async def test_the_end_leaves_alone_who_is_leaving_already() -> None:
     with pytest.raises(Aborted):
         await running[0]
     assert await served.finished(1)
+
+
+async def test_a_call_that_is_late_ends_behind_the_reply_that_is_on_its_way() -> None:
+    """gRPC sends no status beside a reply: the caller would wait for it for ever."""
+    served, context, taken = calls(Metrics()), OneCall(0.01), asyncio.Event()
+
+    asyncio.get_running_loop().call_later(0.05, taken.set)
+    with pytest.raises(Aborted, match="max_deadline_s"):
+        async with served.call("read", cast(Context, context)) as call:
+            await call.write(taken)
+            await asyncio.Event().wait()
+    assert not context.writing_at_its_end
 
 
 async def test_a_mistake_of_ours_is_counted_as_one() -> None:

@@ -23,6 +23,7 @@ from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slabs import PAGE_BYTES
 from kvstore.tiers.tiered import Tiered
+from kvstore.writing import Incoming
 from tests.sim.blocks import data_of, keys_of
 from tests.sim.clock import settle
 from tests.sim.faulty import Faulty
@@ -63,7 +64,7 @@ class Store:
         """Writes a run; the blocks that are held."""
         space_id = space_id or self.space_id
         size = self.node.space(space_id).block_bytes
-        incoming = await self.node.write(tenant, scope, space_id, keys, **options)
+        incoming = await self.incoming(keys, tenant, scope, space_id, **options)
         try:
             for index in incoming.wanted:
                 data = data_of(BlockRef(space_id, keys[index]), size)
@@ -74,6 +75,15 @@ class Store:
         finally:
             incoming.close()
         return incoming.held
+
+    async def incoming(
+        self, keys: Sequence[bytes], tenant: Tenant = ACME, scope: str = "",
+        space_id: bytes = b"", **options: Any,
+    ) -> Incoming:  # fmt: skip
+        """The receiving end of a write."""
+        space_id = space_id or self.space_id
+        offer = await self.node.offer(tenant, scope, space_id, keys, **options)
+        return Incoming(offer, self.node.metrics)
 
     async def match(
         self, keys: Sequence[bytes], *, tenant: Tenant = ACME, scopes: Sequence[str] = (),
@@ -136,7 +146,7 @@ async def test_a_block_whose_parent_is_discarded_while_it_comes_is_not_kept(
     if place == "disk":
         await store.press()
     assert store.in_memory(keys[:1]) == [place == "memory"]
-    incoming = await store.node.write(ACME, "", store.space_id, keys)
+    incoming = await store.incoming(keys)
     for index in incoming.wanted:
         data = data_of(BlockRef(store.space_id, keys[index]), BLOCK_BYTES)
         digest = block_digest(store.space_id, keys[index], data)

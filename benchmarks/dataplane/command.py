@@ -50,7 +50,7 @@ def _png(context: click.Context, parameter: click.Parameter, value: Path | None)
 
 @contextmanager
 def _progress(cells: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error; gone at the end."""
+    """A bar on standard error, gone at the end; where that is no terminal, a line for each cell."""
     with Progress(
         TextColumn("{task.description}", table_column=None),
         BarColumn(),
@@ -66,6 +66,8 @@ def _progress(cells: int) -> Iterator[Callable[[str], None]]:
             nonlocal done
             done += 1
             bar.update(task, completed=done, description=f"{what:<26}")
+            if not bar.console.is_terminal:
+                bar.console.print(f"{done + 1} of {cells}: {what}")
 
         yield tick
 

@@ -8,8 +8,9 @@ from typing import Self
 import grpc
 
 from kvstore.api.errors import KvstoreError, Unavailable, from_status
-from kvstore.api.local import HELLO, LENGTH, MESSAGE_BYTES, WELCOME
+from kvstore.api.local import HELLO, LENGTH, WELCOME
 from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore.api.wire import MESSAGE_BYTES
 from kvstore_client.arena import MappedArena
 from kvstore_client.budgets import Deadline
 from kvstore_client.caller import Caller

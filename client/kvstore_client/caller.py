@@ -44,6 +44,7 @@ class Caller:
         self.metadata = _metadata(token)
         self.losses = Losses(clock, logging.getLogger("kvstore.client"))
         self.closed = False
+        self._ending: set[grpc.aio.Call] = set()
 
     async def unary(
         self,
@@ -53,6 +54,14 @@ class Caller:
     ) -> Reply:
         """The reply to one request. Raises `grpc.aio.AioRpcError` or TimeoutError."""
         return await method(request, timeout=deadline.left_s(), metadata=self.metadata)
+
+    def let_end(self, call: grpc.aio.Call) -> None:
+        """Leaves a call alone that has all it wanted: its status is on its way.
+
+        Given up, or collected, it would count at the node as one that its caller broke off.
+        """
+        self._ending.add(call)
+        call.add_done_callback(self._ending.discard)
 
     async def open(self, space: Space, deadline: Deadline) -> Space:
         """The space as the node opened it. Raises like `unary`, and `KvstoreError`."""

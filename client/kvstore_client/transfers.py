@@ -38,10 +38,12 @@ async def receive(
                 if prefix_only and arrivals.broken:
                     return
             if arrivals.complete:
+                caller.let_end(call)
                 return
             deadline.left_s()
     finally:
-        call.cancel()
+        if not arrivals.complete:
+            call.cancel()
 
 
 async def send(
@@ -67,8 +69,10 @@ async def send(
         held[:] = [False] * len(held)
         for index in done:
             held[index] = True
-    finally:
+        caller.let_end(call)
+    except BaseException:
         call.cancel()
+        raise
 
 
 async def _write_all(call: WriteCall, requests: Iterator[WriteParts], deadline: Deadline) -> None:

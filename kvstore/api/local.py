@@ -13,5 +13,3 @@ REFUSED = 0
 HELLO = struct.Struct("<BQ")
 """Of the node: WELCOME or REFUSED, and the arena's size in bytes."""
 LENGTH = struct.Struct("<I")
-MESSAGE_BYTES = 4 << 20
-"""The longest message that either side accepts."""

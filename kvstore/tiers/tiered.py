@@ -77,6 +77,8 @@ class Tiered:
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         """Fills the buffers without promoting: that needs the chain, see `acquire`."""
+        here = (self.memory.find(load.ref) for load in loads)
+        await self.digests.settle(slot for slot in here if slot is not None)
         answers = await self.memory.load(loads)
         missing = [index for index, answer in enumerate(answers) if answer is None]
         if missing and self._slow is not None:

@@ -273,7 +273,7 @@ class Calls:
         A clumsy writer makes mistakes, sends damaged blocks and dawdles.
         """
         asked = self._oracle.tick()
-        incoming = await running.node.write(
+        offer = await running.node.offer(
             Tenant(chain.tenant),
             chain.scopes[0],
             SPACE_IDS[chain.space],
@@ -282,6 +282,7 @@ class Calls:
             parent_scope=parent_scope,
             hint=hint,
         )
+        incoming = Incoming(offer, running.node.metrics)
         try:
             for at in incoming.held:
                 name = chain.names(at)[0]
