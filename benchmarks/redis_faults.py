@@ -34,11 +34,13 @@ import redis
 
 from benchmarks.proof import Claim, Finding, Proof, Setting, Size, main
 from benchmarks.service.redis_proxy import Kind, RedisProxy, Spoiling
+from kvstore.api.tier import BlockRef
 from kvstore.server import NodeServer
 from kvstore.tiers.breaker import FAILURES_TO_OPEN
 from kvstore_client import AsyncClient, Budgets, Space
 from kvstore_workers.redis_server import RedisServer
 from tests.sim.blocks import keys_of
+from tests.sim.faulty import Faulty
 from tests.sim.nodes import Nodes, counter, descriptor_of, expected, store
 
 BLOCK_BYTES = 16 << 10
@@ -370,10 +372,15 @@ async def _play(
 ) -> None:
     if moment == "at start":
         await asyncio.to_thread(fault.begin, bench)
-    server = await nodes.start(**_options(bench.url))
+    answered: Counter[str] = Counter()
+
+    async def note(operation: str, refs: Sequence[BlockRef]) -> None:
+        answered[operation] += 1
+
+    server = await nodes.start(wrap=lambda tier: Faulty(tier, after=note), **_options(bench.url))
     async with AsyncClient(server.endpoint, budgets=PATIENT) as client:
         load = Load(client, await client.open_space(descriptor_of(BLOCK_BYTES)), rng, seen)
-        watching = asyncio.create_task(_watch_breaker(server, fault, seen))
+        watching = asyncio.create_task(_watch_breaker(server, fault, seen, answered))
         if moment != "at start":
             await load.warm_up()
             working = load.work()
@@ -392,8 +399,13 @@ async def _play(
         seen.lost += client.counters
 
 
-async def _watch_breaker(server: NodeServer, fault: Fault, seen: Seen) -> None:
-    """Notes after what series of errors, without a success in between, it opens."""
+async def _watch_breaker(
+    server: NodeServer, fault: Fault, seen: Seen, answered: Counter[str]
+) -> None:
+    """Notes after what series of errors, without a success in between, it opens.
+
+    `answered`: how often the tier answered, which of look-ups no metric says.
+    """
     began_s, before, successes = 0.0, 0.0, -1.0
     reads = [] if fault.spares_reads else [("load", "hit"), ("load", "miss")]
     while True:
@@ -402,6 +414,8 @@ async def _watch_breaker(server: NodeServer, fault: Fault, seen: Seen) -> None:
             counter(server, "tier_operations", tier="redis", op=op, result=result)
             for op, result in (*reads, ("store", "held"))
         )
+        if not fault.spares_reads:
+            worked += answered["locate"] + answered["wants"]
         if not server.node.tiers.usage()[-1].serving:
             seen.errors_to_open = errors - before
             seen.seconds_to_open = now_s - began_s if began_s else 0.0

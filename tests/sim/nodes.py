@@ -1,6 +1,6 @@
 """Nodes that really serve, in this process, and clients that are connected to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import grpc
 from kvstore.api.clock import Clock
 from kvstore.api.digest import block_digest
 from kvstore.api.space import SpaceDescriptor
-from kvstore.api.tier import BlockRef
+from kvstore.api.tier import BlockRef, Tier
 from kvstore.config import Settings
 from kvstore.server import NodeServer
 from kvstore_client import AsyncClient, Budgets, Space
@@ -74,10 +74,12 @@ class Nodes:
         self,
         settings: Settings | None = None,
         clock: Clock | None = None,
+        wrap: Callable[[Tier], Tier] | None = None,
         **sections: Mapping[str, Any],
     ) -> NodeServer:
-        """A node that answers."""
-        server = await NodeServer.start(settings or self.settings(**sections), clock)
+        """A node that answers; `wrap` puts something around its slower tiers."""
+        settings = settings or self.settings(**sections)
+        server = await NodeServer.start(settings, clock, *((wrap,) if wrap else ()))
         self._servers.append(server)
         return server
 
