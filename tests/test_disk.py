@@ -716,6 +716,26 @@ async def test_what_cannot_be_written_forward_safely_keeps_its_place(rig: Rig) -
     assert kept > 10
 
 
+async def test_a_forget_record_of_which_a_sync_failed_is_written_again(rig: Rig) -> None:
+    """Later records say that there was one; without it nothing older would be believed."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    kept, gone = chain("kept", 2), chain("gone", 1)
+    await tier.store([*kept, *gone])
+    await rig.clock.advance(SYNC_AFTER_S)
+    files.fault = FailNth(1, errno.EIO, ["sync"])
+    with pytest.raises(TierError):
+        await tier.discard(refs_of(gone))
+    for number in range(3):
+        await tier.store(chain(f"later {number}", 2))
+    assert len(files.names()) > 1
+    await rig.clock.advance(SYNC_AFTER_S)
+    rig.gone(tier)
+    files.crash(None)
+    tier = await small(rig, files)
+    assert await present(tier, [*kept, *gone]) == [True, True, False]
+
+
 async def test_an_idle_tier_seals_nothing(rig: Rig) -> None:
     """Time alone writes nothing: neither without blocks nor once all of them are sealed."""
     files = SimulatedFiles()

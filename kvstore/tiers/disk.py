@@ -102,6 +102,8 @@ class DiskTier:
         self._sequence = 0
         self._forgets = 0
         """How many forget records the log has seen; every record says it."""
+        self._unconfirmed: list[Header] = []
+        """Forget records that were written, and may not be on the device."""
         self._yielded_bytes = 0
         """What has left a full volume since something was written last."""
         self._damaged = 0
@@ -217,7 +219,7 @@ class DiskTier:
         if self._syncer is not None:
             self._syncer.cancel()
         try:
-            await self._change(lambda: self._runner.run(self._segments.close))
+            await self._change(self._seal)
         except TierError as error:
             _log.warning("the last segment could not be sealed: %s", error)
 
@@ -335,7 +337,7 @@ class DiskTier:
             now_s = self._clock.wall_s()
             work = [self._runner.run(partial(encode, block, now_s=now_s)) for block in fresh]
             records = [record for record in await asyncio.gather(*work) if record is not None]
-            await self._change(lambda: self._append_or_yield(records))
+            await self._change(lambda: self._append_blocks(records))
         return [self._find(block.ref) is not None for block in blocks]
 
     def _rooted(self, blocks: Sequence[Block]) -> list[Block]:
@@ -463,17 +465,53 @@ class DiskTier:
 
         A block is a miss if its record is damaged; a forget record would undo what it forgot.
         """
+        await self._confirm_forgotten()
         for header in headers:
             # One after the other: where one cannot be written, none behind it may stand there, or
             # the next start would miss it, and believe nothing that is older.
             numbered = replace(header, forgets=self._forgets + 1)
-            twins = [Staged(numbered, self._staging.borrow(PAGE_BYTES)) for _ in range(2)]
-            if not await self._append_or_yield(twins, together=True):
-                raise OSError(errno.EIO, "not all of it could be forgotten for good")
+            await self._write_twins(numbered)
             self._forgets += 1
+            self._unconfirmed.append(numbered)
             # Of two, a power cut may keep the later one alone: the other would be missed.
             if len(headers) <= SYNCED_EACH or header is headers[-1]:
                 await self._runner.run(self._segments.sync)
+                self._unconfirmed.clear()
+
+    async def _write_twins(self, numbered: Header) -> None:
+        twins = [Staged(numbered, self._staging.borrow(PAGE_BYTES)) for _ in range(2)]
+        if not await self._append_or_yield(twins, together=True):
+            raise OSError(errno.EIO, "not all of it could be forgotten for good")
+
+    async def _confirm_forgotten(self) -> None:
+        """Writes the forget records again of which a sync has failed, ahead of anything else.
+
+        What is written now says that they were given out: were none of them there after a power
+        cut, the next start would believe nothing that is older.
+        """
+        if self._unconfirmed:
+            for numbered in self._unconfirmed:
+                await self._write_twins(numbered)
+            await self._runner.run(self._segments.sync)
+            self._unconfirmed.clear()
+
+    async def _append_blocks(self, records: Sequence[Staged]) -> None:
+        try:
+            await self._confirm_forgotten()
+            await self._append_or_yield(records)
+        finally:
+            for record in records:
+                record.loan.give_back()
+
+    async def _sync(self) -> None:
+        await self._confirm_forgotten()
+        await self._runner.run(self._segments.sync)
+
+    async def _seal(self) -> None:
+        try:
+            await self._confirm_forgotten()
+        finally:
+            await self._runner.run(self._segments.close)
 
     async def _make_room(self, header: Header) -> None:
         """Seals the open segment, begins another with room for a record, drops the oldest."""
@@ -546,7 +584,7 @@ class DiskTier:
         while True:
             await self._clock.sleep(sync_after_s)
             try:
-                await self._change(lambda: self._runner.run(self._segments.sync))
+                await self._change(self._sync)
             except TierError as error:
                 _log.warning("what was stored lately is not on the device yet: %s", error)
 
