@@ -59,6 +59,8 @@ class _Reading:
         self.left: list[Want] = []
         """What of a window had no room yet."""
         self.held: list[list[Acquired]] = []
+        self.coming = 0
+        """How many blocks are being looked for, and counted as held already."""
 
 
 class Attachment:
@@ -139,11 +141,14 @@ class Attachment:
             # Others of this client's calls, or of other clients, hold all that may be held.
             return [None] * sum(map(len, [window, *under_way.windows])), True
         part, under_way.left = window[:count], window[count:]
+        under_way.coming = count
         try:
             given = await under_way.reading.pin(part, left_s())
         except BaseException:
             self._give_back(under_way.share_bytes * count)
             raise
+        finally:
+            under_way.coming = 0
         held = [block for block in given if block is not None]
         self._give_back(under_way.share_bytes * (count - len(held)))
         under_way.held.append(held)
@@ -181,7 +186,8 @@ class Attachment:
         """Recomputes the invariant; AssertionError tells what broke."""
         writes = sum(each.share_bytes * each.slots for each in self._writes.values())
         reads = sum(
-            each.share_bytes * len(held) for each in self._reads.values() for held in each.held
+            each.share_bytes * (each.coming + sum(map(len, each.held)))
+            for each in self._reads.values()
         )
         assert writes + reads == self.held_bytes, "bytes lost"
         assert self.held_bytes <= self._room.client_bytes, "more than a client may hold"

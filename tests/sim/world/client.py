@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 
 from kvstore.api.errors import KvstoreError
 from kvstore.api.hint import Reuse, ReuseHint
@@ -10,6 +10,7 @@ from kvstore.matching import needed
 from kvstore.node import Matched
 from tests.sim.world.calls import Calls, Chain, Question
 from tests.sim.world.machine import Machine
+from tests.sim.world.neighbours import Neighbours
 from tests.sim.world.network import Network
 from tests.sim.world.universe import PROMPTS, SCOPES, SPACES
 
@@ -26,6 +27,7 @@ class Client:
         name: str,
         tenant: str,
         machines: Sequence[tuple[Machine, Calls]],
+        neighbours: Mapping[str, Neighbours],
         network: Network,
         rng: random.Random,
     ) -> None:
@@ -34,12 +36,15 @@ class Client:
         self.refused = 0
         self._tenant = tenant
         self._machines = machines
+        self._neighbours = neighbours
+        """By machine: whose arena it may map."""
+        self._near = rng.random() < 0.5
         self._network = network
         self._rng = rng
         self._asked: list[tuple[Machine, Calls, Question]] = []
         self._actions = (
             [self.serve_prompt] * 14 + [self.read] * 3 + [self.discard] * 2
-            + [self.repeat, self.locate, self.hint, self.clear, self.rewrite]
+            + [self.repeat, self.locate, self.hint, self.clear, self.rewrite, self.hang_up]
         )  # fmt: skip
 
     async def act(self) -> None:
@@ -121,6 +126,16 @@ class Client:
                 await self._read(machine, calls, chain, lease_id)
 
     async def _read(self, machine: Machine, calls: Calls, chain: Chain, lease_id: bytes) -> None:
+        if self._goes_near():
+            near = self._neighbours[machine.name]
+            await self._maybe_cancelled(
+                self._network.ask(
+                    self.name, machine, f"read {chain} in place",
+                    lambda running, ends_s: near.read(running, self.name, chain, lease_id, ends_s),
+                    self._rng.choice(DEADLINES_S),
+                )
+            )  # fmt: skip
+            return
         stop_after = self._rng.choice([100, 100, 100, 1, 2])
         await self._maybe_cancelled(
             self._network.ask(
@@ -139,11 +154,24 @@ class Client:
             if chain.keys:
                 parent = question.keys[matched - 1] if matched else b""
                 await self._write(machine, calls, chain, parent, question)
+            if chain.keys and self._rng.random() < 0.15:  # The same prompt comes again at once.
+                await self._read(machine, calls, chain, b"")
 
     async def _write(
         self, machine: Machine, calls: Calls, chain: Chain, parent: bytes, question: Question
     ) -> None:
         parent_scope = self._rng.choice(question.scopes or ("",))
+        if self._goes_near():
+            near = self._neighbours[machine.name]
+            await self._maybe_cancelled(
+                self._network.ask(
+                    self.name, machine, f"write {chain} in place",
+                    lambda running, _: near.write(
+                        running, self.name, chain, parent, parent_scope, question.hint
+                    ),
+                )
+            )  # fmt: skip
+            return
         await self._maybe_cancelled(
             self._network.ask(
                 self.name, machine, f"write {chain}",
@@ -161,6 +189,10 @@ class Client:
                 await call
         except TimeoutError:
             return
+
+    def _goes_near(self) -> bool:
+        """Whether the next bytes move through the arena; clients do now this, now that."""
+        return self._near and self._rng.random() < 0.7
 
     # What else clients do.
 
@@ -217,6 +249,14 @@ class Client:
         await self._network.ask(
             self.name, machine, f"clear {chain}",
             lambda running, _: calls.clear(running, chain),
+        )  # fmt: skip
+
+    async def hang_up(self) -> None:
+        """Lets go of an arena, whatever is under way in it."""
+        machine, _ = self._rng.choice(self._machines)
+        near = self._neighbours[machine.name]
+        await self._network.ask(
+            self.name, machine, "hang up", lambda running, _: near.hang_up(running, self.name)
         )  # fmt: skip
 
     # What it draws.

@@ -10,6 +10,7 @@
 
 import asyncio
 import math
+from collections.abc import Sequence
 
 from kvstore.files import PAGE_BYTES
 from kvstore.node import EXPIRY_PERIOD_S
@@ -31,7 +32,7 @@ class Epilogue:
 
     def __init__(
         self,
-        served: list[tuple[Machine, Calls]],
+        served: Sequence[tuple[Machine, Calls]],
         redis: RedisServer,
         acting: set[asyncio.Task[None]],
     ) -> None:
@@ -94,6 +95,8 @@ class Epilogue:
             raise Broken(
                 f"{machine.name}: {len(running.calls)} calls, {len(running.node.leases)} leases"
             )
+        if running.room.held_bytes:
+            raise Broken(f"{machine.name}: {running.room.held_bytes} bytes are held in the arena")
         assert_idle(running.memory)
         for guard in running.guards:
             for window in (guard._lookups, guard._loads, guard._stores):

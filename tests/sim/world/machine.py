@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from kvstore.api.errors import KvstoreError
 from kvstore.api.tier import Tier
+from kvstore.attachment import Attachment, Room
 from kvstore.codec import CODECS
 from kvstore.events import Events, SegmentSealed
 from kvstore.leases import LeaseTable
@@ -70,8 +71,14 @@ class Running:
     guards: list[Guarded]
     runner: SeededRunner
     limits: Limits
+    room: Room
+    """What clients that have mapped the arena may hold of it."""
     calls: set[asyncio.Task[Any]] = field(default_factory=set)
     """The calls that it is answering."""
+    attached: dict[str, Attachment] = field(default_factory=dict)
+    """Those clients, by name."""
+    attached_calls: dict[str, set[asyncio.Task[Any]]] = field(default_factory=dict)
+    """And what it is doing for each."""
 
     def serving(self) -> bool:
         """Whether no breaker is open."""
@@ -201,7 +208,7 @@ class Machine:
         node = Node(
             node_id=process.name,
             secret=SECRET,
-            tiers=Tiered(memory, slow, metrics),
+            tiers=Tiered(memory, slow, metrics, runner),
             leases=LeaseTable(limits.memory_bytes // 2),
             max_lease_s=MAX_LEASE_S,
             events=events,
@@ -212,7 +219,8 @@ class Machine:
         node.disk = disk
         for space in SPACES:
             node.open_space(space)
-        return Running(process, node, memory, disk, guards, runner, limits)
+        room = Room(limits.memory_bytes // 2, limits.memory_bytes // 4)
+        return Running(process, node, memory, disk, guards, runner, limits, room)
 
     def _guarded(self, tier: Tier, metrics: Metrics) -> Guarded:
         return Guarded(

@@ -41,6 +41,8 @@ _MEMORY, _TIERED = "kvstore.tiers.memory:Memory", "kvstore.tiers.tiered:Tiered"
 _NODE, _LEASES = "kvstore.node:Node", "kvstore.leases:LeaseTable"
 _REDIS, _WRITING = "kvstore.tiers.redis:RedisTier", "kvstore.writing:Incoming"
 
+_ATTACHED = "kvstore.attachment:Attachment"
+
 _UNCHECKED = (
     "(lambda header, name, payload, into:"
     " (__import__('kvstore.codec').codec.decode(header.codec, payload, into), header.digest)[1])("
@@ -142,7 +144,11 @@ BUGS = (
     ),
     _bug(
         "discard writes no tombstone",
-        (f"{_DISK}._forget", "await self._append_or_yield(twins, together=True)", "list(twins)"),
+        (
+            f"{_DISK}._write_twins",
+            "await self._append_or_yield(twins, together=True)",
+            "list(twins)",
+        ),
     ),
     _bug(
         "discard does not wait for the device",
@@ -214,6 +220,39 @@ BUGS = (
         "redis keeps blocks for ever",
         (f"{_REDIS}.store", "ex=self._ttl_s", "ex=10**9"),
         quick=True,
+    ),
+    _bug(
+        "an attached reader keeps his pins",
+        (f"{_ATTACHED}.done", "self._release(under_way, keep=0)", "pass"),
+        quick=True,
+    ),
+    _bug(
+        "an attached reader's window goes back while he copies it",
+        (f"{_ATTACHED}.next_window", "keep=1", "keep=0"),
+    ),
+    _bug(
+        "an attached writer keeps his slots",
+        ("kvstore.placing:Placing.close", "self._offer.tiers.memory.abort(slot)", "pass"),
+        quick=True,
+    ),
+    _bug(
+        "attached clients hold as much as they like",
+        (f"{_ATTACHED}._take", "max(0, min(count, left_bytes // share_bytes))", "count"),
+        quick=True,
+    ),
+    _bug(
+        "a block leaves memory before its digest is known",
+        (f"{_TIERED}._store_below", "await self.digests.settle(kept)", "pass"),
+        ("kvstore.tiers.digests:Digests.begin", "self._memory.pin(slot)", "pass"),
+        ("kvstore.tiers.digests:Digests._compute", "self._memory.unpin(slot)", "pass"),
+    ),
+    _bug(
+        "a block is read before its digest is known",
+        (
+            "kvstore.reading:Reading._hold",
+            "self._tiers.digests.settle([block.slot for block in held.values()])",
+            "self._tiers.digests.settle([])",
+        ),
     ),
     _bug(
         "the end of one tier leaves the other's calls behind",

@@ -9,7 +9,7 @@ For each running node:
 3. What a live lease said to be leased is in memory and pinned, unless it or an ancestor was
    discarded meanwhile.
 4. Leased bytes are at most the cap; no lease outlives its time by more than the expiry period.
-5. Pins, slots, slabs, index and log agree with one another.
+5. Pins, slots, slabs, index and log agree with one another; so does what attached clients hold.
 6. Files together are never larger than the disk's capacity.
 7. The disk's index is prefix-closed, and names no segment that is gone.
 8. A discard that is over, confirmed or failed, goes on nowhere.
@@ -22,12 +22,12 @@ from tests.sim.world.machine import Machine, Running
 from tests.sim.world.oracle import Oracle
 from tests.sim.world.trace import Broken
 from tests.sim.world.universe import (
-    content,
     digest,
     names_by_ref,
     names_by_stored_name,
     ref_of,
     short,
+    variant_of,
 )
 
 SLACK_S = 0.01
@@ -55,6 +55,11 @@ def check_machine(machine: Machine, oracle: Oracle) -> None:
 def _check_parts(machine: Machine, running: Running) -> None:
     running.memory.check()
     running.node.leases.check()
+    for attachment in running.attached.values():
+        attachment.check()
+    held_bytes = sum(attachment.held_bytes for attachment in running.attached.values())
+    if held_bytes > running.room.held_bytes:
+        raise Broken(f"{running.process.name}: {held_bytes} bytes are held, and not all counted")
     fault, machine.files.fault = machine.files.fault, None
     try:
         running.disk.check()
@@ -71,8 +76,9 @@ def _check_content(running: Running, oracle: Oracle) -> None:
     names = names_by_ref()
     for slot in running.memory._index.values():
         name = names[slot.ref]
-        variant = 0 if slot.digest == digest(name, 0) else 1
-        if slot.digest != digest(name, variant) or bytes(slot.view) != content(name, variant):
+        variant = variant_of(name, slot.view)
+        coming = not slot.digest and slot in running.node.tiers.digests._coming
+        if variant is None or not (coming or slot.digest == digest(name, variant)):
             raise Broken(f"{running.process.name}: wrong bytes in memory for {short(name)}")
         if not oracle.was_written(name):
             raise Broken(f"{running.process.name}: nobody wrote {short(name)}")

@@ -16,6 +16,7 @@ from tests.sim.world.client import Client
 from tests.sim.world.epilogue import Epilogue
 from tests.sim.world.loop import SimulatedLoop
 from tests.sim.world.machine import Machine, Running
+from tests.sim.world.neighbours import Neighbours
 from tests.sim.world.network import Network
 from tests.sim.world.operator import Operator, draw_limits
 from tests.sim.world.oracle import Oracle
@@ -61,8 +62,11 @@ class World:
         self._served = served = [
             (machine, Calls(machine, self.oracle, rng, trace)) for machine in self.machines
         ]
+        near = {
+            machine.name: Neighbours(machine, self.oracle, rng, trace) for machine in self.machines
+        }
         self.clients = [
-            Client(f"c{number}", TENANTS[number % len(TENANTS)], served, self.network, rng)
+            Client(f"c{number}", TENANTS[number % len(TENANTS)], served, near, self.network, rng)
             for number in range(rng.choice([2, 3, 4]))
         ]
         self.operator = Operator(
