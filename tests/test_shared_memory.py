@@ -429,6 +429,46 @@ async def test_another_user_of_the_host_is_served_by_the_stream(
         assert await served(server, "write") == 1
 
 
+AS_A_CONTAINER = """
+import asyncio, sys
+from pathlib import Path
+from benchmarks.crash.own_mounts import Forbidden, enter_own_mounts, mount_tmpfs
+from kvstore_client import AsyncClient
+from tests.sim.nodes import PATIENT, descriptor_of, load, store
+from tests.sim.blocks import keys_of
+
+async def main():
+    async with AsyncClient(sys.argv[1], budgets=PATIENT) as client:
+        space = await client.open_space(descriptor_of())
+        keys = keys_of("chat", 8)
+        assert await store(client, space, keys) == [True] * 8
+        assert await load(client, space, keys) == ["memory"] * 8
+        assert client._neighbour.attached is not None
+
+try:
+    enter_own_mounts()
+    mount_tmpfs(Path("/dev/shm"), 64 << 10)
+except Forbidden as error:
+    print(error)
+    sys.exit(77)
+asyncio.run(main())
+"""
+
+
+async def test_a_container_that_sees_the_socket_shares_the_arena(nodes: Nodes) -> None:
+    """Its /dev/shm is another one, and smaller than the arena."""
+    server = await nodes.start()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", AS_A_CONTAINER, server.endpoint, stdout=-1, stderr=-1
+    )
+    output, errors = await process.communicate()
+    if process.returncode == 77:
+        pytest.skip(output.decode().strip())
+    assert process.returncode == 0, errors.decode()
+    assert await served(server, "write") == 0
+    assert await served(server, "local_commit") > 0
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [

@@ -36,7 +36,7 @@ def enter_own_mounts() -> None:
 
 def mount_tmpfs(at: Path, size_bytes: int) -> None:
     """A file system in memory. Raises Forbidden."""
-    at.mkdir()
+    at.mkdir(exist_ok=True)
     _mount("tmpfs", at, "tmpfs", 0, f"size={size_bytes},mode=700")
 
 
