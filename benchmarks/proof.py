@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.code_digest import code_digest
+from kvstore.replay.picture import require_pictures
 
 Size = Literal["test", "short", "long"]
 
@@ -81,6 +82,8 @@ class Proof:
     """One finding for each claim, in their order."""
     beside: Sequence[str] = ("kvstore/policy/", "kvstore/replay/", "kvstore/cli.py")
     """Where the code lies that it loads and does not test: figures outlive changes of it."""
+    draw: Callable[[str, Sequence[Mapping[str, Any]], Path], None] | None = None
+    """Draws its rows into a file, below the machine in words; None: there is no picture."""
 
 
 def passed(failures: int, trials: int, **details: Any) -> Finding:
@@ -165,6 +168,14 @@ def trace_arguments(trace: Path | None, hints: Path | None) -> list[str]:
     return [word for flag, path in given if path is not None for word in (flag, str(path))]
 
 
+def _picture_option(proof: Proof) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds `--png` where there is something to draw."""
+    if proof.draw is None:
+        return lambda command: command
+    file = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--png", "png_file", type=file, help="Draw it here (needs matplotlib).")
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -196,6 +207,7 @@ def main(proof: Proof) -> None:
         type=click.Path(dir_okay=False, path_type=Path),
         help="Write the rows here.",
     )
+    @_picture_option(proof)
     def command(
         size: Size,
         trials: int | None,
@@ -203,7 +215,10 @@ def main(proof: Proof) -> None:
         trace: Path | None,
         hints: Path | None,
         json_file: Path | None,
+        png_file: Path | None = None,
     ) -> None:
+        if png_file is not None:
+            require_pictures()
         seed = seed or secrets.token_hex(4)
         trials = trials or proof.trials[size]
         said = f"python -m benchmarks.{proof.module} --size {size} --trials {trials} --seed {seed}"
@@ -221,6 +236,8 @@ def main(proof: Proof) -> None:
         ]
         if json_file is not None:
             json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        if png_file is not None and proof.draw is not None:
+            proof.draw(machine(), rows, png_file)
         Console(width=None).print(table(rows))
         if any(each["ok"] is False for each in rows):
             raise SystemExit(1)

@@ -29,6 +29,8 @@ MODULES = (
     "hints",
     "policy_cost",
     "index_cost",
+    "spill_while_generating",
+    "restore_curve",
 )
 """In the order of the promises; each is `python -m benchmarks.<name>`."""
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Tampering(Client):
         super().__init__(endpoint, token=token)
         self._tamper = tamper
 
-    def load(
+    def load_stream(
         self,
         space: Space,
         keys: Sequence[bytes],
@@ -43,10 +43,13 @@ class Tampering(Client):
         scopes: Sequence[str] = (),
         lease: Match | None = None,
         budget_s: float | None = None,
-    ) -> list[Loaded]:
-        loaded = super().load(space, keys, buffers, scopes=scopes, lease=lease, budget_s=budget_s)
+    ) -> Generator[list[Loaded], None, None]:
+        arriving = super().load_stream(
+            space, keys, buffers, scopes=scopes, lease=lease, budget_s=budget_s
+        )
+        loaded = [block for blocks in arriving for block in blocks]
         self._tamper([memoryview(buffer) for buffer in buffers[: len(loaded)]])
-        return loaded
+        yield loaded
 
 
 def swap(buffers: Sequence[memoryview]) -> None:

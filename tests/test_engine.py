@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,8 @@ class StoreTwin:
         self.breaks = False
         """Loads raise what no client should raise."""
         self.load_at_most = 10**6
+        self.open_loads = 0
+        """Loads that were begun and have not ended."""
         self.gate = threading.Event()
         """Stores wait while it is not set."""
         self.gate.set()
@@ -129,7 +131,7 @@ class ClientTwin:
         twin.leases.add(lease)
         return Match(found, ((Run(found, "memory", True),),), lease, lease_ms)
 
-    def load(
+    def load_stream(
         self,
         space: Space,
         keys: Sequence[bytes],
@@ -138,17 +140,28 @@ class ClientTwin:
         scopes: Sequence[str] = (),
         lease: Match | None = None,
         budget_s: float | None = None,
-    ) -> list[Loaded]:
+    ) -> Generator[list[Loaded], None, None]:
         assert lease is not None and lease.lease_id in self.store_twin.leases
         assert budget_s is not None and budget_s > 0
-        loaded = []
-        for key, buffer in list(zip(keys, buffers, strict=True))[: self.store_twin.load_at_most]:
-            data = self.store_twin.blocks[self._name(space, key, scopes)]
-            buffer[:] = data
-            loaded.append(Loaded("memory", block_digest(space.space_id, key, data)))
-        if self.store_twin.breaks:
-            raise RuntimeError("a client never does this")
-        return loaded
+        twin = self.store_twin
+        twin.open_loads += 1
+        wanted = list(zip(keys, buffers, strict=True))[: twin.load_at_most]
+        try:
+            while wanted:
+                # Three at a time: blocks come in pieces that no chunk is cut into.
+                piece, wanted = wanted[:3], wanted[3:]
+                yield [self._fetch(space, key, buffer, scopes) for key, buffer in piece]
+            if twin.breaks:
+                raise RuntimeError("a client never does this")
+        finally:
+            twin.open_loads -= 1
+            for buffer in buffers:
+                buffer[:] = b"\xee" * len(buffer)  # Nobody may rely on it any more.
+
+    def _fetch(self, space: Space, key: bytes, buffer: memoryview, scopes: Sequence[str]) -> Loaded:
+        data = self.store_twin.blocks[self._name(space, key, scopes)]
+        buffer[:] = data
+        return Loaded("memory", block_digest(space.space_id, key, data))
 
     def store(
         self,
@@ -189,6 +202,7 @@ def store() -> Iterator[StoreTwin]:
     twin = StoreTwin()
     yield twin
     assert not twin.leases, "a lease was not released"
+    assert twin.open_loads == 0, "a load was left behind"
 
 
 Start = Callable[..., Worker]

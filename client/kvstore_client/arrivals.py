@@ -1,12 +1,15 @@
 """The receiving end of a read: plain synchronous code that trusts nothing it is told."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.api.digest import DIGEST_BYTES, block_digest
 from kvstore.api.errors import KvstoreError
 from kvstore.api.parts import Part
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
+
+OnHere = Callable[[int, Loaded], None]
+"""Hears of a block that is here: its place in the read, and what came."""
 
 
 class Arrivals:
@@ -15,20 +18,26 @@ class Arrivals:
     Nothing is allocated by a declared size: a header only says whether the block is the one that
     the buffer was made for.
 
-    Invariant: only the buffer of the block under way is written to, and never past its end.
+    Invariant: only the buffer of the block under way is written to, and never past its end; that
+    of a block that is here is not written to again.
     """
 
     def __init__(
-        self, space_id: bytes, keys: Sequence[bytes], buffers: Sequence[memoryview]
+        self,
+        space_id: bytes,
+        keys: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        on_here: OnHere | None = None,
     ) -> None:
         self._space_id = space_id
         self.keys = keys
         self.buffers = buffers
+        self._on_here = on_here
+        self.loaded: list[Loaded | None] = [None] * len(keys)
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what arrived: the same read is sent again."""
-        self.loaded: list[Loaded | None] = [None] * len(self.keys)
+        """The same read is sent from its start. What is here stays, and is passed over."""
         self.corrupt_blocks = 0
         self.broken = False
         """True from the first block that is settled without being here: a chain ends there."""
@@ -42,16 +51,28 @@ class Arrivals:
         """True when the last block is settled: it is here, damaged or missing."""
         return self._block == len(self.keys) - 1 and self._header is None
 
+    def here(self, block: int, loaded: Loaded) -> None:
+        """The block is complete and judged good: from now on its buffer is the caller's."""
+        self.loaded[block] = loaded
+        if self._on_here is not None:
+            self._on_here(block, loaded)
+
     def rest(self) -> "tuple[list[int], Arrivals]":
-        """What is still missing, as places in this read and as a read of its own."""
+        """What is still missing, as places in this read and as a read of its own.
+
+        What comes of it is here at once; `take` adds how it ended.
+        """
         places = [place for place, answer in enumerate(self.loaded) if answer is None]
         keys = [self.keys[place] for place in places]
-        return places, Arrivals(self._space_id, keys, [self.buffers[place] for place in places])
+        buffers = [self.buffers[place] for place in places]
 
-    def take(self, places: Sequence[int], rest: "Arrivals") -> None:
-        """Adds what came of the rest."""
-        for place, answer in zip(places, rest.loaded, strict=True):
-            self.loaded[place] = answer
+        def came(block: int, loaded: Loaded) -> None:
+            self.here(places[block], loaded)
+
+        return places, Arrivals(self._space_id, keys, buffers, came)
+
+    def take(self, rest: "Arrivals") -> None:
+        """Adds how the rest ended."""
         self.corrupt_blocks += rest.corrupt_blocks
         self.broken = rest.broken
         if rest.complete:
@@ -91,6 +112,9 @@ class Arrivals:
         self._skipping = False
         if header.bytes == 0:
             return
+        if self.loaded[block] is not None:
+            self._skipping = True
+            return
         if header.bytes != len(self.buffers[block]) or len(header.digest) != DIGEST_BYTES:
             self._skipping = True
             self._refuse()
@@ -112,7 +136,7 @@ class Arrivals:
     def _judge(self, header: pb.BlockHeader, buffer: memoryview) -> None:
         digest = block_digest(self._space_id, self.keys[self._block], buffer)
         if digest == header.digest:
-            self.loaded[self._block] = Loaded(header.tier, digest)
+            self.here(self._block, Loaded(header.tier, digest))
         else:
             self._refuse()
         self._header = None

@@ -1,6 +1,6 @@
 """The client of a store node, for programs that have an event loop."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from kvstore.api.errors import Unavailable
 from kvstore.api.hint import ReuseHint
@@ -15,9 +15,10 @@ from kvstore_client.arguments import (
     check_match,
     check_scopes,
 )
-from kvstore_client.arrivals import Arrivals
+from kvstore_client.arrivals import Arrivals, OnHere
 from kvstore_client.budgets import Deadline
 from kvstore_client.control import ControlClient
+from kvstore_client.leading import Leading, OnLoaded
 from kvstore_client.local_transfers import fetch, place
 from kvstore_client.match import Match
 from kvstore_client.pieces import Outgoing
@@ -86,6 +87,7 @@ class AsyncClient(ControlClient):
         *,
         scopes: Sequence[str] = (),
         lease: Match | None = None,
+        on_loaded: OnLoaded | None = None,
         budget_s: float | None = None,
     ) -> list[Loaded]:
         """The leading blocks that arrived whole and intact, one answer for each.
@@ -93,8 +95,13 @@ class AsyncClient(ControlClient):
         Stops at the first block that is missing or damaged. The buffers are the caller's, one
         writable buffer of `space.block_bytes` for each key; after this returned, or was
         cancelled, nothing writes to them, and those without an answer hold undefined bytes.
+
+        `on_loaded` hears of the same answers as they come, each once and in order: nothing writes
+        to that block's buffer any more, while later ones are still on their way. It is called in
+        the client's event loop and must neither wait nor raise.
         """
-        arrivals = await self._load(space, keys, buffers, scopes, lease, budget_s, True)
+        told = Leading(on_loaded).here if on_loaded is not None else None
+        arrivals = await self._load(space, keys, buffers, scopes, lease, budget_s, True, told)
         return arrivals.leading()
 
     async def load_any(
@@ -120,11 +127,12 @@ class AsyncClient(ControlClient):
         lease: Match | None,
         budget_s: float | None,
         prefix_only: bool,
+        on_here: OnHere | None = None,
     ) -> Arrivals:
         check_keys(keys)
         check_scopes(scopes)
         views = block_views(buffers, "buffers", len(keys), space.block_bytes, writable=True)
-        arrivals = Arrivals(space.space_id, keys, views)
+        arrivals = Arrivals(space.space_id, keys, views, on_here)
         if not keys:
             return arrivals
         deadline = self._deadline(budget_s, self.budgets.load_s)
@@ -136,7 +144,10 @@ class AsyncClient(ControlClient):
         )
 
         async def attempt() -> bool:
-            await self._receive(request, arrivals, deadline, prefix_only)
+            if any(arrivals.loaded):  # A second attempt: what is here is the caller's by now.
+                await self._read_rest(self._receive, request, arrivals, deadline, prefix_only)
+            else:
+                await self._receive(request, arrivals, deadline, prefix_only)
             return True
 
         ended = await self._caller.quietly("load", attempt, deadline, [space])
@@ -196,13 +207,29 @@ class AsyncClient(ControlClient):
         """Through shared memory what lies there, and the rest by the stream."""
         attached = self._neighbour.attached
         if attached is None:
-            await receive(self._caller, request, arrivals, deadline, prefix_only=prefix_only)
+            await self._stream(request, arrivals, deadline, prefix_only)
             return
         try:
             await fetch(attached, request, arrivals, deadline, prefix_only=prefix_only)
         except Unavailable:
             if not attached.closed:
                 raise
+        await self._read_rest(self._stream, request, arrivals, deadline, prefix_only)
+
+    async def _stream(
+        self, request: pb.ReadRequest, arrivals: Arrivals, deadline: Deadline, prefix_only: bool
+    ) -> None:
+        await receive(self._caller, request, arrivals, deadline, prefix_only=prefix_only)
+
+    async def _read_rest(
+        self,
+        read: Callable[[pb.ReadRequest, Arrivals, Deadline, bool], Awaitable[None]],
+        request: pb.ReadRequest,
+        arrivals: Arrivals,
+        deadline: Deadline,
+        prefix_only: bool,
+    ) -> None:
+        """What is still missing of a read; what is here is not asked for, nor written to."""
         places, rest = arrivals.rest()
         if not places:
             arrivals.settle()
@@ -211,9 +238,9 @@ class AsyncClient(ControlClient):
         again.CopyFrom(request)
         again.keys = pack_keys(rest.keys)
         try:
-            await receive(self._caller, again, rest, deadline, prefix_only=prefix_only)
+            await read(again, rest, deadline, prefix_only)
         finally:
-            arrivals.take(places, rest)
+            arrivals.take(rest)
 
     async def _send(
         self, begin: pb.WriteBegin, run: Outgoing, held: list[bool], deadline: Deadline

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -19,6 +19,7 @@ from kvstore_client.arguments import Blocks, Buffers
 from kvstore_client.async_client import AsyncClient
 from kvstore_client.budgets import Budgets
 from kvstore_client.channel import open_channel
+from kvstore_client.leading import OnLoaded
 from kvstore_client.loop_thread import LoopThread
 from kvstore_client.match import Match
 from kvstore_client.space import Space
@@ -138,14 +139,54 @@ class Client:
         *,
         scopes: Sequence[str] = (),
         lease: Match | None = None,
+        on_loaded: OnLoaded | None = None,
         budget_s: float | None = None,
     ) -> list[Loaded]:
-        """See `AsyncClient.load`."""
+        """See `AsyncClient.load`. `on_loaded` is called in the client's thread."""
         loading = self._client.load(
-            space, keys, buffers, scopes=scopes, lease=lease, budget_s=budget_s
+            space,
+            keys,
+            buffers,
+            scopes=scopes,
+            lease=lease,
+            on_loaded=on_loaded,
+            budget_s=budget_s,
         )
         nothing: list[Loaded] = []
         return self._quietly("load", loading, nothing)
+
+    def load_stream(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        buffers: Buffers,
+        *,
+        scopes: Sequence[str] = (),
+        lease: Match | None = None,
+        budget_s: float | None = None,
+    ) -> Generator[list[Loaded], None, None]:
+        """`load` in steps: each yields the next leading blocks, while later ones are on their way.
+
+        Nothing writes to the buffers of blocks that were yielded; to the others nothing writes
+        once the iterator has ended or was closed. Begins with the first step; close it unless it
+        is read to its end.
+        """
+
+        def begin(on_loaded: OnLoaded) -> Coroutine[Any, Any, list[Loaded]]:
+            return self._client.load(
+                space,
+                keys,
+                buffers,
+                scopes=scopes,
+                lease=lease,
+                on_loaded=on_loaded,
+                budget_s=budget_s,
+            )
+
+        try:
+            yield from self._thread.stream(begin)
+        except Unavailable:
+            self.counters["load_failed"] += 1
 
     def load_any(
         self,

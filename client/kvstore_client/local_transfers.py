@@ -111,8 +111,9 @@ async def fetch(
 def _copy(attached: Attached, block: pb.LocalBlock, index: int, arrivals: Arrivals) -> None:
     if index >= len(arrivals.buffers) or len(block.digest) != DIGEST_BYTES:
         raise KvstoreError("the node says where a block lies that was not asked for")
-    attached.arena.read(block.offset, arrivals.buffers[index])
-    arrivals.loaded[index] = Loaded(block.tier, block.digest)
+    if arrivals.loaded[index] is None:
+        attached.arena.read(block.offset, arrivals.buffers[index])
+        arrivals.here(index, Loaded(block.tier, block.digest))
 
 
 def _check_slots(slots: pb.LocalSlots, blocks: int, held: list[bool]) -> None:

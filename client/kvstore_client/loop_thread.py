@@ -2,13 +2,16 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+import queue
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any, TypeVar
 
 from kvstore.api.errors import Unavailable
 
 Answer = TypeVar("Answer")
+Item = TypeVar("Item")
 
 GRACE_S = 1.0
 """How long `stop` lets coroutines come to their own end before it cancels them."""
@@ -37,18 +40,31 @@ class LoopThread:
         raises only after it has ended: nothing goes on behind the caller's back.
         """
         outcome = self.submit(coroutine)
-        try:
+        with _ended(outcome):
             # In slices: a signal that comes just before the wait begins does not end it, and
             # Ctrl-C would then only be noticed when the answer is there.
             while not outcome.done():
                 concurrent.futures.wait([outcome], SLICE_S)
             return outcome.result()
-        except concurrent.futures.CancelledError:
-            raise Unavailable("the client was closed") from None
-        except BaseException:
-            outcome.cancel()
-            concurrent.futures.wait([outcome])
-            raise
+
+    def stream(
+        self, begin: Callable[[Callable[[Item], None]], Coroutine[Any, Any, object]]
+    ) -> Generator[list[Item], None, None]:
+        """What a coroutine tells the function that `begin` is given: all that is new, each time.
+
+        Raises like `run`. An iterator that is closed early, or interrupted, cancels the coroutine
+        and waits for its end, as `run` does.
+        """
+        told: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        outcome = self.submit(begin(told.put))
+        outcome.add_done_callback(lambda _: told.put(None))
+        with _ended(outcome):
+            over = False
+            while not over:
+                items, over = _take_all(told)
+                if items:
+                    yield items
+            outcome.result()
 
     def submit(self, coroutine: Coroutine[Any, Any, Answer]) -> "Outcome[Answer]":
         """Starts the coroutine without waiting. Raises `Unavailable` after `stop`."""
@@ -116,6 +132,31 @@ class Outcome(concurrent.futures.Future[Answer]):
             self.set_exception(error)
         else:
             self.set_result(task.result())
+
+
+@contextlib.contextmanager
+def _ended(outcome: Outcome[Answer]) -> Iterator[None]:
+    """However the block is left, the coroutine has ended then."""
+    try:
+        yield
+    except concurrent.futures.CancelledError:
+        raise Unavailable("the client was closed") from None
+    except BaseException:
+        outcome.cancel()
+        concurrent.futures.wait([outcome])
+        raise
+
+
+def _take_all(told: "queue.SimpleQueue[Item | None]") -> tuple[list[Item], bool]:
+    """What lies in the queue, after waiting a slice for the first; and whether None ended it."""
+    items: list[Item] = []
+    with contextlib.suppress(queue.Empty):
+        item = told.get(timeout=SLICE_S)
+        while item is not None:
+            items.append(item)
+            item = told.get_nowait()
+        return items, True
+    return items, False
 
 
 async def _end_others() -> None:

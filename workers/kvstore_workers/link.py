@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 from kvstore.api.errors import KvstoreError
@@ -34,7 +34,7 @@ class StoreClient(Protocol):
     ) -> Match:
         """The longest restorable prefix. Never raises."""
 
-    def load(
+    def load_stream(
         self,
         space: Space,
         keys: Sequence[bytes],
@@ -43,8 +43,8 @@ class StoreClient(Protocol):
         scopes: Sequence[str] = (),
         lease: Match | None = None,
         budget_s: float | None = None,
-    ) -> list[Loaded]:
-        """The leading blocks that arrived intact. Never raises."""
+    ) -> Generator[list[Loaded], None, None]:
+        """The leading blocks that arrive intact, as they come. Never raises."""
 
     def store(
         self,

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 from kvstore.api.hint import ReuseHint
@@ -122,29 +123,41 @@ class Restorer:
     def _load(
         self, job: RestoreJob, space: Space, match: Match, wanted: int, deadline_s: float
     ) -> list[str]:
-        keys = job.keys[job.held_blocks :]
+        """The tiers of the blocks that lie in VRAM now, staging memory by staging memory."""
         tiers: list[str] = []
         while len(tiers) < wanted:
             left_s = deadline_s - self._monotonic_s()
             if left_s <= 0:
                 break
-            count = min(self._staging.blocks, wanted - len(tiers))
-            batch = slice(len(tiers), len(tiers) + count)
+            batch = slice(len(tiers), min(len(tiers) + self._staging.blocks, wanted))
             started_s = self._monotonic_s()
-            loaded = job.link.client.load(
-                space,
-                keys[batch],
-                self._staging.views[:count],
-                scopes=job.link.scopes,
-                lease=match,
-                budget_s=left_s,
-            )
+            came = self._load_batch(job, space, match, batch, left_s)
             if self.gate is not None:
-                seconds = self._monotonic_s() - started_s
-                self.gate.loaded([block.tier for block in loaded], seconds)
-            blocks = job.blocks[batch][: len(loaded)]
-            self._copier.to_device(self._staging, blocks, after=job.after)
-            tiers += [block.tier for block in loaded]
-            if len(loaded) < count:
+                self.gate.loaded(came, self._monotonic_s() - started_s)
+            tiers += came
+            if len(tiers) < batch.stop:
                 break
+        return tiers
+
+    def _load_batch(
+        self, job: RestoreJob, space: Space, match: Match, batch: slice, left_s: float
+    ) -> list[str]:
+        """Blocks are copied up as they come; the client's thread receives later ones meanwhile."""
+        keys, blocks = job.keys[job.held_blocks :][batch], job.blocks[batch]
+        arriving = job.link.client.load_stream(
+            space,
+            keys,
+            self._staging.views[: len(keys)],
+            scopes=job.link.scopes,
+            lease=match,
+            budget_s=left_s,
+        )
+        tiers: list[str] = []
+        # Whatever happens here, nothing is left that writes to the staging memory.
+        with closing(arriving):
+            for loaded in arriving:
+                row = len(tiers)
+                arrived = blocks[row : row + len(loaded)]
+                self._copier.to_device(self._staging, arrived, after=job.after, first_row=row)
+                tiers += [block.tier for block in loaded]
         return tiers

@@ -78,19 +78,21 @@ class Copier:
                 staging.tensor[row].copy_(self._vram.bytes[block], non_blocking=True)
             self._down.record_event().synchronize()
 
-    def to_device(self, staging: Staging, blocks: Sequence[int], *, after: Mark) -> None:
-        """Fills `blocks` from the staging's first rows, in order.
+    def to_device(
+        self, staging: Staging, blocks: Sequence[int], *, after: Mark, first_row: int = 0
+    ) -> None:
+        """Fills `blocks` from the staging's rows from `first_row` on, in order.
 
         Writes only after the mark, which must cover the kernels that still read what an evicted
         block held before.
         """
         if self._host_array is not None:
-            for row, block in enumerate(blocks):
+            for row, block in enumerate(blocks, first_row):
                 np.copyto(self._host_array[block], staging.array[row])
             return
         with torch.cuda.device(self._vram.device), torch.cuda.stream(self._up):
             _wait(self._up, after)
-            for row, block in enumerate(blocks):
+            for row, block in enumerate(blocks, first_row):
                 self._vram.bytes[block].copy_(staging.tensor[row], non_blocking=True)
             self._up.record_event().synchronize()
 

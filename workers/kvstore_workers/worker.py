@@ -109,7 +109,14 @@ class Worker:
     as a context manager.
     """
 
-    def __init__(self, config: WorkerConfig, *, connect: Connect | None = None) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        connect: Connect | None = None,
+        gate: RestoreGate | None = None,
+    ) -> None:
+        """`connect` makes clients of another kind, `gate` decides instead of the worker's own."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config
@@ -125,7 +132,7 @@ class Worker:
             model=config.model_name,
         )
         """The space that this worker's blocks live in."""
-        self._tiers = self._open_tiers(copier, connect or _connect)
+        self._tiers = self._open_tiers(copier, connect or _connect, gate)
         self._engine = Engine(
             model,
             vram,
@@ -208,7 +215,9 @@ class Worker:
             for link in self._tiers.links.values():
                 link.close()
 
-    def _open_tiers(self, copier: Copier, connect: Connect) -> Tiers | None:
+    def _open_tiers(
+        self, copier: Copier, connect: Connect, gate: RestoreGate | None
+    ) -> Tiers | None:
         config = self.config
         endpoint = config.store_endpoint
         if endpoint is None:
@@ -221,6 +230,8 @@ class Worker:
         for link in links.values():
             link.wait_tried(max(0.0, deadline_s - time.monotonic()))
         block_bytes = self.descriptor.block_bytes
+        if gate is None and config.restore_gate:
+            gate = RestoreGate(config.block_tokens, block_bytes)
         spiller = Spiller(
             copier,
             block_bytes,
@@ -236,7 +247,7 @@ class Worker:
             staging_bytes=config.staging_bytes,
             match_budget_s=config.match_budget_s,
             budget_s=config.restore_budget_s,
-            gate=RestoreGate(config.block_tokens, block_bytes) if config.restore_gate else None,
+            gate=gate,
         )
         return Tiers(links, spiller, restorer)
 
