@@ -28,10 +28,13 @@ NEW_TOKENS = 8
 
 
 class Tampering(Client):
-    """A real client whose caller's buffers are changed after everything was verified."""
+    """A real client whose caller's buffers are changed after everything was verified.
+
+    It maps no arena: what lies there cannot be changed.
+    """
 
     def __init__(self, endpoint: str, token: str | None, tamper: Tamper) -> None:
-        super().__init__(endpoint, token=token)
+        super().__init__(endpoint, token=token, shared_memory=False)
         self._tamper = tamper
 
     def load_stream(

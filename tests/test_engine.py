@@ -23,7 +23,8 @@ from kvstore.api.errors import ConfigError, InvalidArgument, Unavailable
 from kvstore.api.hint import Reuse, ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Loaded
-from kvstore_client import Match, Run, Space
+from kvstore_client import Client, Match, Run, Space
+from kvstore_client.in_place import EmptySlot, GivenBlock
 from kvstore_workers.layout import describe_space, digest_weights, read_layout
 from kvstore_workers.link import StoreClient, StoreLink
 from kvstore_workers.model import DecodeRow, check_config, load_model
@@ -183,6 +184,20 @@ class ClientTwin:
             assert len(block) == space.block_bytes
             twin.blocks.setdefault(self._name(space, key, [scope] if scope else []), bytes(block))
         return [True] * len(keys)
+
+    arena = None
+
+    def write_in_place(
+        self, space: Space, keys: Sequence[bytes], held: list[bool], **options: Any
+    ) -> Generator[list[EmptySlot], None, None]:
+        """It shares no memory."""
+        yield from ()
+
+    def read_in_place(
+        self, space: Space, keys: Sequence[bytes], **options: Any
+    ) -> Generator[list[GivenBlock], None, None]:
+        """It shares no memory."""
+        yield from ()
 
     def release(self, match: Match) -> None:
         self.store_twin.leases.discard(match.lease_id)
@@ -677,15 +692,18 @@ def test_the_space_is_opened_when_the_store_comes_back(checkpoint: Path, store: 
 # A node of its own.
 
 
-def test_blocks_go_over_grpc_to_a_node_and_come_back_until_it_is_killed(
-    start: Start, tmp_path: Path
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "stream"])
+def test_blocks_go_to_a_node_and_come_back_until_it_is_killed(
+    start: Start, tmp_path: Path, shared: bool
 ) -> None:
+    """Copied by the worker from and to the node's memory, or sent over gRPC."""
     settings = tmp_path / "node.toml"
     settings.write_text(
         f"""
         server = {{ listen = "127.0.0.1:0", metrics_listen = "127.0.0.1:0" }}
         memory = {{ capacity_bytes = "32MiB", slab_bytes = "1MiB" }}
         disk = {{ path = "{tmp_path}/blocks", capacity_bytes = "64MiB", segment_bytes = "4MiB" }}
+        shared_memory = {{ enabled = {str(shared).lower()} }}
         """
     )
     node = StoreProcess(settings)
@@ -701,6 +719,11 @@ def test_blocks_go_over_grpc_to_a_node_and_come_back_until_it_is_killed(
         assert warm.logits == cold.logits
         written = first.spill_digests()
         assert all(written[block.key] == block.sha256 for block in warm.restored_digests)
+        with Client(endpoint) as client:
+            counted = client.status().counters
+        streamed = sum(count for name, count in counted.items() if 'op="write"' in name)
+        placed = sum(count for name, count in counted.items() if 'op="local_commit"' in name)
+        assert (streamed == 0, placed > 0) == (shared, shared)
         assert node.kill() == -signal.SIGKILL
         second.forget_vram()
         alone = one(second, prompt)

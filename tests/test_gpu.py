@@ -4,6 +4,7 @@ Needs torch, numpy and the package's own light imports; the worker at the end tr
 """
 
 import hashlib
+import mmap
 import sys
 import threading
 import time
@@ -55,20 +56,40 @@ def test_blocks_survive_the_way_down_and_up_bit_by_bit(vram: VramPool) -> None:
     source = list(range(5, 25))
     target = list(range(60, 40, -1))
     wanted = [vram.sha256(block) for block in source]
-    copier.to_host(source, staging, after=copier.mark())
+    copier.to_host(source, staging.views, after=copier.mark())
     assert [hashlib.sha256(view).digest() for view in staging.views] == wanted
     untouched = vram.sha256(61)
-    copier.to_device(staging, target, after=copier.mark())
+    copier.to_device(staging.views, target, after=copier.mark())
     assert [vram.sha256(block) for block in target] == wanted
     assert vram.sha256(61) == untouched
+
+
+def test_an_arena_is_pinned_and_blocks_go_straight_there_and_back(vram: VramPool) -> None:
+    """Until its owner has another one, or none."""
+    copier, size = Copier(vram), LAYOUT.block_bytes
+    arenas = [memoryview(mmap.mmap(-1, 4 * size)) for _ in range(2)]
+    for arena in arenas:
+        copier.pin("node", arena)
+        copier.pin("node", arena)
+        assert torch.frombuffer(arena, dtype=torch.uint8).is_pinned()
+        places = [arena[at * size : (at + 1) * size] for at in (2, 0)]
+        copier.to_host([5, 6], places, after=copier.mark())
+        assert [hashlib.sha256(place).digest() for place in places] == [
+            vram.sha256(5), vram.sha256(6),
+        ]  # fmt: skip
+        copier.to_device([place.toreadonly() for place in places], [50, 51], after=copier.mark())
+        assert [vram.sha256(block) for block in (50, 51)] == [vram.sha256(5), vram.sha256(6)]
+    assert not torch.frombuffer(arenas[0], dtype=torch.uint8).is_pinned()
+    copier.pin("node", None)
+    assert not torch.frombuffer(arenas[1], dtype=torch.uint8).is_pinned()
 
 
 def test_one_flipped_bit_on_the_host_is_another_digest_in_vram(vram: VramPool) -> None:
     copier = Copier(vram)
     staging = copier.staging(1)
-    copier.to_host([3], staging, after=copier.mark())
+    copier.to_host([3], staging.views, after=copier.mark())
     staging.views[0][12345] ^= 1
-    copier.to_device(staging, [4], after=copier.mark())
+    copier.to_device(staging.views, [4], after=copier.mark())
     assert vram.sha256(4) != vram.sha256(3)
 
 
@@ -81,8 +102,8 @@ def test_a_spill_waits_for_the_kernels_that_write_the_block(vram: VramPool) -> N
     torch.cuda._sleep(BUSY_CYCLES)
     vram.bytes[7].fill_(2)
     mark = copier.mark()
-    copier.to_host([7], early, after=None)
-    thread = threading.Thread(target=copier.to_host, args=([7], late), kwargs={"after": mark})
+    copier.to_host([7], early.views, after=None)
+    thread = threading.Thread(target=copier.to_host, args=([7], late.views), kwargs={"after": mark})
     thread.start()
     thread.join()
     assert int(late.tensor.min()) == int(late.tensor.max()) == 2
@@ -97,7 +118,7 @@ def test_a_restore_waits_for_the_kernels_that_read_the_evicted_block(vram: VramP
     seen_before = torch.empty_like(vram.bytes[7])
     torch.cuda._sleep(BUSY_CYCLES)
     seen_before.copy_(vram.bytes[7])
-    copier.to_device(staging, [7], after=copier.mark())
+    copier.to_device(staging.views, [7], after=copier.mark())
     seen_after = vram.bytes[7].clone()
     assert int(seen_before.max()) == 1
     assert int(seen_after.min()) == 9
@@ -111,7 +132,7 @@ def test_a_spill_does_not_wait_for_later_kernels(vram: VramPool) -> None:
     torch.cuda._sleep(4 * BUSY_CYCLES)
     later = torch.cuda.Event()
     later.record()
-    copier.to_host([7], staging, after=mark)
+    copier.to_host([7], staging.views, after=mark)
     assert not later.query(), "the copy waited for a kernel that came after its mark"
     later.synchronize()
 
@@ -119,18 +140,18 @@ def test_a_spill_does_not_wait_for_later_kernels(vram: VramPool) -> None:
 def test_copies_down_and_up_run_from_two_threads_at_once(vram: VramPool) -> None:
     copier = Copier(vram)
     down, up = copier.staging(16), copier.staging(16)
-    copier.to_host(list(range(16)), up, after=copier.mark())
+    copier.to_host(list(range(16)), up.views, after=copier.mark())
     wanted = [vram.sha256(block) for block in range(32)]
     mark = copier.mark()
 
     def spill() -> None:
         for _ in range(20):
-            copier.to_host(list(range(16, 32)), down, after=mark)
+            copier.to_host(list(range(16, 32)), down.views, after=mark)
 
     thread = threading.Thread(target=spill)
     thread.start()
     for _ in range(20):
-        copier.to_device(up, list(range(40, 56)), after=mark)
+        copier.to_device(up.views, list(range(40, 56)), after=mark)
     thread.join()
     assert [vram.sha256(block) for block in range(40, 56)] == wanted[:16]
     assert [hashlib.sha256(view).digest() for view in down.views] == wanted[16:]
@@ -144,8 +165,8 @@ def test_the_bandwidth_of_copies_is_shown(
     blocks = list(range(64))
     size_gb = 64 * LAYOUT.block_bytes / 1e9
     ways: dict[str, Callable[[], None]] = {
-        "to host": lambda: copier.to_host(blocks, staging, after=None),
-        "to device": lambda: copier.to_device(staging, blocks, after=None),
+        "to host": lambda: copier.to_host(blocks, staging.views, after=None),
+        "to device": lambda: copier.to_device(staging.views, blocks, after=None),
     }
     figures = []
     for name, copy in ways.items():

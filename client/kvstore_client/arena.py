@@ -23,6 +23,16 @@ class MappedArena:
         self._view = memoryview(self._map)
         self._address = _address_of(self._view)
 
+    @property
+    def memory(self) -> memoryview:
+        """All of it, for who has to know where it lies: a GPU's driver, say."""
+        return self._view
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """A slot. Raises ValueError for a place outside the arena."""
+        self._check(offset, size)
+        return self._view[offset : offset + size]
+
     def write(self, offset: int, block: memoryview) -> None:
         """Copies a block into its slot. Raises ValueError for a place outside the arena."""
         self._check(offset, len(block))

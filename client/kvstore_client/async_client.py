@@ -18,6 +18,7 @@ from kvstore_client.arguments import (
 from kvstore_client.arrivals import Arrivals, OnHere
 from kvstore_client.budgets import Deadline
 from kvstore_client.control import ControlClient
+from kvstore_client.in_place import ReadInPlace, WriteInPlace
 from kvstore_client.leading import Leading, OnLoaded
 from kvstore_client.local_transfers import fetch, place
 from kvstore_client.match import Match
@@ -255,6 +256,71 @@ class AsyncClient(ControlClient):
                 if not attached.closed:
                     raise
         await send(self._caller, begin, run, held, deadline)
+
+    @property
+    def arena(self) -> memoryview | None:
+        """The node's memory as it is mapped here; None where it is not, or not any more."""
+        attached = self._neighbour.attached
+        return attached.arena.memory if attached is not None else None
+
+    async def write_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        held: list[bool],
+        *,
+        parent_key: bytes = b"",
+        parent_scope: str = "",
+        scope: str = "",
+        hint: ReuseHint | None = None,
+        budget_s: float | None = None,
+    ) -> WriteInPlace | None:
+        """Like `store`, by a caller who fills the node's slots himself; None without an arena.
+
+        `held` has a place for each key, and is brought up to date with each step.
+        """
+        check_keys(keys)
+        if parent_key:
+            check_keys([parent_key], "parent_key")
+        if len(held) != len(keys):
+            raise ValueError(f"held: one for each key is needed, got {len(held)}")
+        attached = self._neighbour.attached
+        if attached is None or not keys:
+            return None
+        begin = pb.WriteBegin(
+            space_id=space.space_id,
+            scope=scope,
+            keys=pack_keys(keys),
+            parent_key=parent_key,
+            parent_scope=parent_scope,
+            hint=hint_to_wire(hint),
+        )
+        deadline = self._deadline(budget_s, self.budgets.store_s)
+        return WriteInPlace(attached, self._caller, begin, space, held, deadline)
+
+    async def read_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        scopes: Sequence[str] = (),
+        lease: Match | None = None,
+        budget_s: float | None = None,
+    ) -> ReadInPlace | None:
+        """Like `load`, by a caller who copies out of the node's slots; None without an arena."""
+        check_keys(keys)
+        check_scopes(scopes)
+        attached = self._neighbour.attached
+        if attached is None or not keys:
+            return None
+        request = pb.ReadRequest(
+            space_id=space.space_id,
+            scopes=scopes,
+            keys=pack_keys(keys),
+            lease_id=lease.lease_id if lease else b"",
+        )
+        deadline = self._deadline(budget_s, self.budgets.load_s)
+        return ReadInPlace(attached, self._caller, request, space, len(keys), deadline)
 
     async def release(self, match: Match) -> None:
         """Ends the lease of a match before it expires."""

@@ -4,8 +4,9 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 import grpc
 
@@ -19,6 +20,7 @@ from kvstore_client.arguments import Blocks, Buffers
 from kvstore_client.async_client import AsyncClient
 from kvstore_client.budgets import Budgets
 from kvstore_client.channel import open_channel
+from kvstore_client.in_place import EmptySlot, GivenBlock, ReadInPlace, WriteInPlace
 from kvstore_client.leading import OnLoaded
 from kvstore_client.loop_thread import LoopThread
 from kvstore_client.match import Match
@@ -232,6 +234,62 @@ class Client:
         )
         return self._quietly("store", storing, [False] * len(keys))
 
+    @property
+    def arena(self) -> memoryview | None:
+        """See `AsyncClient.arena`."""
+
+        async def ask() -> memoryview | None:
+            return self._client.arena
+
+        return self._quietly("load", ask(), None)
+
+    def write_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        held: list[bool],
+        *,
+        parent_key: bytes = b"",
+        parent_scope: str = "",
+        scope: str = "",
+        hint: ReuseHint | None = None,
+        budget_s: float | None = None,
+    ) -> Generator[list[EmptySlot], None, None]:
+        """The steps of `AsyncClient.write_in_place`; none without an arena.
+
+        Close the iterator unless it is read to its end: that gives back what was not committed.
+        """
+        begin = partial(
+            self._client.write_in_place,
+            space,
+            keys,
+            held,
+            parent_key=parent_key,
+            parent_scope=parent_scope,
+            scope=scope,
+            hint=hint,
+            budget_s=budget_s,
+        )
+        return self._steps("store", begin)
+
+    def read_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        scopes: Sequence[str] = (),
+        lease: Match | None = None,
+        budget_s: float | None = None,
+    ) -> Generator[list[GivenBlock], None, None]:
+        """The steps of `AsyncClient.read_in_place`; none without an arena.
+
+        Close the iterator unless it is read to its end: that gives everything back.
+        """
+        begin = partial(
+            self._client.read_in_place, space, keys, scopes=scopes, lease=lease, budget_s=budget_s
+        )
+        return self._steps("load", begin)
+
     def release(self, match: Match) -> None:
         """Sends `AsyncClient.release` on its way and does not wait for it."""
         if not match.lease_id:
@@ -316,6 +374,31 @@ class Client:
         with contextlib.suppress(Unavailable):
             self._thread.run(hang_up())
         self._thread.stop()
+
+    @overload
+    def _steps(
+        self, operation: str, begin: Callable[[], Coroutine[Any, Any, WriteInPlace | None]]
+    ) -> Generator[list[EmptySlot], None, None]: ...
+
+    @overload
+    def _steps(
+        self, operation: str, begin: Callable[[], Coroutine[Any, Any, ReadInPlace | None]]
+    ) -> Generator[list[GivenBlock], None, None]: ...
+
+    def _steps(
+        self,
+        operation: str,
+        begin: Callable[[], Coroutine[Any, Any, WriteInPlace | ReadInPlace | None]],
+    ) -> Generator[Any, None, None]:
+        moving = self._quietly(operation, begin(), None)
+        if moving is None:
+            return
+        try:
+            while given := self._quietly(operation, moving.step(), []):
+                yield given
+        finally:
+            with contextlib.suppress(Unavailable):
+                self._thread.run(moving.end())
 
     def _quietly(
         self, operation: str, call: Coroutine[Any, Any, Answer], nothing: Answer

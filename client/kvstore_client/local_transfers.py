@@ -54,7 +54,7 @@ async def place(
         reply = await attached.call(pb.LocalRequest(number=number, reserve=begin), deadline)
         while True:
             slots = reply.slots
-            _check_slots(slots, len(blocks), held)
+            check_slots(slots, len(blocks), held)
             if not slots.indexes:
                 over = True
                 return not slots.full
@@ -116,7 +116,7 @@ def _copy(attached: Attached, block: pb.LocalBlock, index: int, arrivals: Arriva
         arrivals.here(index, Loaded(block.tier, block.digest))
 
 
-def _check_slots(slots: pb.LocalSlots, blocks: int, held: list[bool]) -> None:
+def check_slots(slots: pb.LocalSlots, blocks: int, held: list[bool]) -> None:
     """Takes what the node says it holds. Raises KvstoreError for what no honest node says."""
     check_indexes(slots.indexes, blocks, "slots.indexes")
     check_indexes(slots.held, blocks, "slots.held")

@@ -10,6 +10,7 @@ from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Loaded
 from kvstore_client import Match, Space
+from kvstore_client.in_place import EmptySlot, GivenBlock
 
 _log = logging.getLogger("kvstore.worker.link")
 
@@ -58,6 +59,34 @@ class StoreClient(Protocol):
         budget_s: float | None = None,
     ) -> list[bool]:
         """True for each block that the node holds afterwards. Never raises."""
+
+    @property
+    def arena(self) -> memoryview | None:
+        """The node's memory as it is mapped here, if it is."""
+
+    def write_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        held: list[bool],
+        *,
+        parent_key: bytes = b"",
+        scope: str = "",
+        hint: ReuseHint | None = None,
+        budget_s: float | None = None,
+    ) -> Generator[list[EmptySlot], None, None]:
+        """The slots of the node's memory to fill, step by step. Never raises."""
+
+    def read_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        scopes: Sequence[str] = (),
+        lease: Match | None = None,
+        budget_s: float | None = None,
+    ) -> Generator[list[GivenBlock], None, None]:
+        """The leading blocks where they lie in the node's memory, step by step. Never raises."""
 
     def release(self, match: Match) -> None:
         """Ends a lease. Never raises."""

@@ -142,22 +142,57 @@ class Restorer:
     def _load_batch(
         self, job: RestoreJob, space: Space, match: Match, batch: slice, left_s: float
     ) -> list[str]:
-        """Blocks are copied up as they come; the client's thread receives later ones meanwhile."""
+        """From the node's memory, where it is mapped; what is not there by staging memory."""
+        ends_s = self._monotonic_s() + left_s
         keys, blocks = job.keys[job.held_blocks :][batch], job.blocks[batch]
+        tiers = self._copy_given(job, space, match, keys, blocks, left_s)
+        left_s = ends_s - self._monotonic_s()
+        if len(tiers) < len(keys) and left_s > 0:
+            rest = slice(len(tiers), None)
+            tiers += self._receive(job, space, match, keys[rest], blocks[rest], left_s)
+        return tiers
+
+    def _copy_given(
+        self,
+        job: RestoreJob,
+        space: Space,
+        match: Match,
+        keys: Sequence[bytes],
+        blocks: Sequence[int],
+        left_s: float,
+    ) -> list[str]:
+        client = job.link.client
+        self._copier.pin(client, client.arena)
+        steps = client.read_in_place(
+            space, keys, scopes=job.link.scopes, lease=match, budget_s=left_s
+        )
+        tiers: list[str] = []
+        with closing(steps):
+            for given in steps:
+                arrived = blocks[len(tiers) : len(tiers) + len(given)]
+                self._copier.to_device([block.view for block in given], arrived, after=job.after)
+                tiers += [block.loaded.tier for block in given]
+        return tiers
+
+    def _receive(
+        self,
+        job: RestoreJob,
+        space: Space,
+        match: Match,
+        keys: Sequence[bytes],
+        blocks: Sequence[int],
+        left_s: float,
+    ) -> list[str]:
+        """Blocks are copied up as they come; the client's thread receives later ones meanwhile."""
+        views = self._staging.views[: len(keys)]
         arriving = job.link.client.load_stream(
-            space,
-            keys,
-            self._staging.views[: len(keys)],
-            scopes=job.link.scopes,
-            lease=match,
-            budget_s=left_s,
+            space, keys, views, scopes=job.link.scopes, lease=match, budget_s=left_s
         )
         tiers: list[str] = []
         # Whatever happens here, nothing is left that writes to the staging memory.
         with closing(arriving):
             for loaded in arriving:
-                row = len(tiers)
-                arrived = blocks[row : row + len(loaded)]
-                self._copier.to_device(self._staging, arrived, after=job.after, first_row=row)
+                rows = slice(len(tiers), len(tiers) + len(loaded))
+                self._copier.to_device(views[rows], blocks[rows], after=job.after)
                 tiers += [block.tier for block in loaded]
         return tiers

@@ -1,6 +1,7 @@
 """Moves computed blocks down into the store, beside the generation and never in its way.
 
-engine ──offer──► queue (bounded in bytes) ──► copy to staging ──► client.store
+engine ──offer──► queue (bounded in bytes) ──► copy to the node's memory ──► commit
+   │                                           (or to staging ──► client.store)
    ▲                                              │
    └──────────────── take_returned ◄──────────────┘  references, once the bytes are copied
 """
@@ -10,6 +11,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -79,7 +81,9 @@ class Spiller:
         self.counters: Counter[str] = Counter()
         """Blocks: held (the store has them afterwards), failed, dropped (never tried)."""
         self.digests: dict[bytes, bytes] | None = {} if record_digests else None
-        """Key to SHA-256 of each block that the store took, if asked for."""
+        """Key to SHA-256 of each block that was copied and the store took, if asked for."""
+        self._copied: dict[bytes, bytes] = {}
+        """The same of the batch under way, before the store has taken it."""
         self._copier = copier
         self._block_bytes = block_bytes
         self._queue_bytes = queue_bytes
@@ -206,36 +210,56 @@ class Spiller:
         run, step = active.run, self._staging.blocks
         parent_key = run.parent_key
         for start in range(0, len(run.blocks), step):
-            keys = run.keys[start : start + step]
-            if not self._copy(active, start):
-                return
-            if not self._store(active, keys, parent_key):
+            batch = slice(start, start + step)
+            held = self._place(active, batch, parent_key)
+            if not all(held):
+                held = self._store(active, batch, parent_key)
+            self._note_stored(active, run.keys[batch], held)
+            if not all(held):
                 # What follows would be orphans.
                 return
-            parent_key = keys[-1].key
-
-    def _copy(self, active: _Active, start: int) -> bool:
-        blocks = active.run.blocks[start : start + self._staging.blocks]
+            parent_key = run.keys[batch][-1].key
         with self._changed:
-            if not active.referenced:
-                return False
-            active.copying = True
-        try:
-            self._copier.to_host(blocks, self._staging, after=active.run.after)
-        finally:
-            with self._changed:
-                active.copying = False
-                if start + len(blocks) == len(active.run.blocks):
-                    self._return_active_locked(active)
-                self._changed.notify_all()
-        return True
+            self._return_active_locked(active)
+            self._changed.notify_all()
 
-    def _store(self, active: _Active, keys: Sequence[CacheKey], parent_key: bytes) -> bool:
-        run = active.run
-        if run.link.space is None:
-            return False
+    def _place(self, active: _Active, batch: slice, parent_key: bytes) -> list[bool]:
+        """Copies blocks to the node's memory itself, where that is mapped; which of them it has."""
+        run, keys, blocks = active.run, active.run.keys[batch], active.run.blocks[batch]
+        client, space = run.link.client, run.link.space
+        held = [False] * len(keys)
+        if space is None:
+            return held
+        self._copier.pin(client, client.arena)
+        steps = client.write_in_place(
+            space,
+            [key.key for key in keys],
+            held,
+            parent_key=parent_key,
+            scope=run.link.scope,
+            hint=run.hint,
+            budget_s=self._budget_s,
+        )
+        with closing(steps):
+            for slots in steps:
+                views = [slot.view for slot in slots]
+                if not self._copy(active, [blocks[slot.place] for slot in slots], views):
+                    break
+                self._note_copied((keys[slot.place].key, slot.view) for slot in slots)
+        return held
+
+    def _store(self, active: _Active, batch: slice, parent_key: bytes) -> list[bool]:
+        """Copies blocks to staging memory, from where the client sends them."""
+        run, keys, blocks = active.run, active.run.keys[batch], active.run.blocks[batch]
         views = self._staging.views[: len(keys)]
-        held = run.link.client.store(
+        if run.link.space is None or not self._copy(active, blocks, views):
+            return [False] * len(keys)
+        if batch.stop >= len(run.blocks):
+            with self._changed:
+                self._return_active_locked(active)
+                self._changed.notify_all()
+        self._note_copied((key.key, view) for key, view in zip(keys, views, strict=True))
+        return run.link.client.store(
             run.link.space,
             [key.key for key in keys],
             views,
@@ -244,6 +268,30 @@ class Spiller:
             hint=run.hint,
             budget_s=self._budget_s,
         )
+
+    def _copy(self, active: _Active, blocks: Sequence[int], views: Sequence[memoryview]) -> bool:
+        """Fills host memory; False if the blocks are no longer ours to read."""
+        with self._changed:
+            if not active.referenced:
+                return False
+            active.copying = True
+        try:
+            self._copier.to_host(blocks, views, after=active.run.after)
+        finally:
+            with self._changed:
+                active.copying = False
+                self._changed.notify_all()
+        return True
+
+    def _note_copied(self, copied: Iterable[tuple[bytes, memoryview]]) -> None:
+        if self.digests is not None:
+            self._copied.update((key, hashlib.sha256(view).digest()) for key, view in copied)
+
+    def _note_stored(self, active: _Active, keys: Sequence[CacheKey], held: Sequence[bool]) -> None:
+        if self.digests is not None:
+            stored = [key.key for key, is_held in zip(keys, held, strict=True) if is_held]
+            self.digests.update((key, self._copied[key]) for key in stored if key in self._copied)
+            self._copied.clear()
         with self._changed:
             active.held += sum(held)
             if all(held):
@@ -252,11 +300,6 @@ class Spiller:
                 # A store that refuses or lost a parent may have lost more: offer chains whole.
                 owner = keys[0][:2]
                 self._held = {key for key in self._held if key[:2] != owner}
-        if self.digests is not None:
-            for key, view, is_held in zip(keys, views, held, strict=True):
-                if is_held:
-                    self.digests[key.key] = hashlib.sha256(view).digest()
-        return all(held)
 
     def _finish(self, active: _Active) -> None:
         lost = len(active.run.blocks) - active.held

@@ -1,5 +1,7 @@
 """Copies of whole blocks between the VRAM pool and host memory; the only file with CUDA streams.
 
+Host memory is the node's arena, where this process has it mapped, or staging memory of our own.
+
     compute stream ──mark()──┐ event
     down stream (spill)      └─wait─► copy ─► event ─► to_host returns
     up stream (restore)      └─wait─► copy ─► event ─► to_device returns
@@ -8,12 +10,17 @@ Both calls return when their copies are finished, so no caller ever sees a half-
 kernels launched after `to_device` read what it brought.
 """
 
+import ctypes
+import logging
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from kvstore_workers.vram import VramPool
+
+_log = logging.getLogger("kvstore.worker.transfer")
 
 Mark = torch.cuda.Event | None
 """A moment of the compute stream; None where there are no streams."""
@@ -27,8 +34,7 @@ class Staging:
 
     def __init__(self, blocks: int, block_bytes: int, *, pinned: bool) -> None:
         self.tensor = torch.empty((blocks, block_bytes), dtype=torch.uint8, pin_memory=pinned)
-        self.array = self.tensor.numpy()
-        self.views = [memoryview(row) for row in self.array]
+        self.views = [memoryview(row) for row in self.tensor.numpy()]
 
     @property
     def blocks(self) -> int:
@@ -37,9 +43,9 @@ class Staging:
 
 
 class Copier:
-    """Moves blocks between one VRAM pool and staging memory, beside the running computation.
+    """Moves blocks between one VRAM pool and host memory, beside the running computation.
 
-    Thread-safe as long as no two threads use one staging or one block at once; copies down and
+    Thread-safe as long as no two threads use one place or one block at once; copies down and
     copies up have streams of their own and do not wait for each other.
     """
 
@@ -47,6 +53,9 @@ class Copier:
         self._vram = vram
         self._cuda = vram.device.type == "cuda"
         self._host_array = None if self._cuda else vram.bytes.numpy()
+        self._arenas: dict[object, memoryview] = {}
+        self._going_down, self._going_up = threading.Lock(), threading.Lock()
+        """Held while bytes go there; both, while memory that they may use is let go of."""
         if self._cuda:
             self._down = torch.cuda.Stream(vram.device)  # type: ignore[no-untyped-call]
             self._up = torch.cuda.Stream(vram.device)  # type: ignore[no-untyped-call]
@@ -63,38 +72,72 @@ class Copier:
         event.record(torch.cuda.current_stream(self._vram.device))
         return event
 
-    def to_host(self, blocks: Sequence[int], staging: Staging, *, after: Mark) -> None:
-        """Fills the staging's first rows with the bytes of `blocks`, in order.
+    def pin(self, owner: object, arena: memoryview | None) -> None:
+        """Makes an owner's arena memory that the GPU itself copies from and to.
+
+        An owner has one; the one before, None says the last one, is let go of. Where the driver
+        refuses, copies go through memory of its own.
+        """
+        if not self._cuda:
+            return
+        with self._going_down, self._going_up:
+            before = self._arenas.get(owner)
+            if before is not None and arena is not None and _address(before) == _address(arena):
+                return
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            if before is not None:
+                runtime.cudaHostUnregister(_address(before))
+                del self._arenas[owner]
+            if arena is not None:
+                status = int(runtime.cudaHostRegister(_address(arena), len(arena), 0))
+                if status:
+                    _log.warning("the node's memory cannot be pinned: CUDA error %d", status)
+                self._arenas[owner] = arena
+
+    def to_host(self, blocks: Sequence[int], places: Sequence[memoryview], *, after: Mark) -> None:
+        """Fills places with the bytes of `blocks`, in order; they are in host memory.
 
         Reads a block only after the mark, which must cover the kernels that wrote it.
         """
         if self._host_array is not None:
-            for row, block in enumerate(blocks):
-                np.copyto(staging.array[row], self._host_array[block])
+            for place, block in zip(places, blocks, strict=True):
+                np.copyto(np.frombuffer(place, np.uint8), self._host_array[block])
             return
-        with torch.cuda.device(self._vram.device), torch.cuda.stream(self._down):
+        device = torch.cuda.device(self._vram.device)
+        with self._going_down, device, torch.cuda.stream(self._down):
             _wait(self._down, after)
-            for row, block in enumerate(blocks):
-                staging.tensor[row].copy_(self._vram.bytes[block], non_blocking=True)
+            for place, block in zip(places, blocks, strict=True):
+                _as_tensor(place).copy_(self._vram.bytes[block], non_blocking=True)
             self._down.record_event().synchronize()
 
     def to_device(
-        self, staging: Staging, blocks: Sequence[int], *, after: Mark, first_row: int = 0
+        self, places: Sequence[memoryview], blocks: Sequence[int], *, after: Mark
     ) -> None:
-        """Fills `blocks` from the staging's rows from `first_row` on, in order.
+        """Fills `blocks` from places in host memory, in order.
 
         Writes only after the mark, which must cover the kernels that still read what an evicted
         block held before.
         """
         if self._host_array is not None:
-            for row, block in enumerate(blocks, first_row):
-                np.copyto(self._host_array[block], staging.array[row])
+            for place, block in zip(places, blocks, strict=True):
+                np.copyto(self._host_array[block], np.frombuffer(place, np.uint8))
             return
-        with torch.cuda.device(self._vram.device), torch.cuda.stream(self._up):
+        device = torch.cuda.device(self._vram.device)
+        with self._going_up, device, torch.cuda.stream(self._up):
             _wait(self._up, after)
-            for row, block in enumerate(blocks, first_row):
-                self._vram.bytes[block].copy_(staging.tensor[row], non_blocking=True)
+            for place, block in zip(places, blocks, strict=True):
+                self._vram.bytes[block].copy_(_as_tensor(place), non_blocking=True)
             self._up.record_event().synchronize()
+
+
+def _address(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
+
+
+def _as_tensor(memory: memoryview) -> torch.Tensor:
+    """The same bytes. By their address: torch warns of memory that may only be read."""
+    there = (ctypes.c_uint8 * len(memory)).from_address(_address(memory))
+    return torch.frombuffer(there, dtype=torch.uint8)
 
 
 def _wait(stream: torch.cuda.Stream, mark: Mark) -> None:

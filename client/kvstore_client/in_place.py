@@ -1,0 +1,168 @@
+"""Blocks that the caller himself copies from and to the node's arena, on a GPU's streams, say.
+
+    write   slots = step() → fill them → step() commits them and gives the next → … → []
+    read    blocks = step() → copy them → step() lets go of them and gives the next → … → []
+
+What a step gives may be touched until the next step, or until `end`, and never after it. Nothing
+here raises: what goes wrong is counted as ever, and ends the write or the read.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from kvstore.api.digest import DIGEST_BYTES
+from kvstore.api.errors import KvstoreError
+from kvstore.api.tier import Loaded
+from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore_client.attached import Attached
+from kvstore_client.budgets import Deadline
+from kvstore_client.caller import Caller
+from kvstore_client.local_transfers import check_slots
+from kvstore_client.space import Space
+
+
+class EmptySlot(NamedTuple):
+    """Where a block shall be written: `place` is its own in the run, `view` as long as it is."""
+
+    place: int
+    view: memoryview
+
+
+class GivenBlock(NamedTuple):
+    """A block of a read. `view` is read-only, and the bytes are the node's."""
+
+    view: memoryview
+    loaded: Loaded
+
+
+class WriteInPlace:
+    """One run of a chain. `held` says at each step what the node holds of it.
+
+    Where the node has no more room the write ends early: what is not held then may go by `store`.
+    """
+
+    def __init__(
+        self,
+        attached: Attached,
+        caller: Caller,
+        begin: pb.WriteBegin,
+        space: Space,
+        held: list[bool],
+        deadline: Deadline,
+    ) -> None:
+        self._attached = attached
+        self._caller = caller
+        self._begin = begin
+        self._space = space
+        self._held = held
+        self._deadline = deadline
+        self._number = 0
+        """Of what is under way; 0: nothing is."""
+
+    async def step(self) -> list[EmptySlot]:
+        """Commits the slots of the last step; the next ones, none at the end."""
+        ask = self._commit if self._number else self._reserve
+        slots = await self._caller.quietly("store", ask, self._deadline, [self._space])
+        if not slots:
+            await self.end()
+        return slots or []
+
+    async def end(self) -> None:
+        """Gives back what was not committed. Idempotent."""
+        if self._number:
+            self._attached.done(self._number)
+            self._number = 0
+
+    async def _reserve(self) -> list[EmptySlot]:
+        self._held[:] = [False] * len(self._held)
+        self._number = self._attached.number()
+        return await self._call(pb.LocalRequest(number=self._number, reserve=self._begin))
+
+    async def _commit(self) -> list[EmptySlot]:
+        return await self._call(pb.LocalRequest(number=self._number, commit=pb.LocalCommit()))
+
+    async def _call(self, request: pb.LocalRequest) -> list[EmptySlot]:
+        slots = (await self._attached.call(request, self._deadline)).slots
+        check_slots(slots, len(self._held), self._held)
+        size = self._space.block_bytes
+        return [
+            EmptySlot(place, self._attached.arena.view(offset, size))
+            for place, offset in zip(slots.indexes, slots.offsets, strict=True)
+        ]
+
+
+class ReadInPlace:
+    """The leading blocks of a chain that lie in memory, or come to lie there in time."""
+
+    def __init__(
+        self,
+        attached: Attached,
+        caller: Caller,
+        request: pb.ReadRequest,
+        space: Space,
+        blocks: int,
+        deadline: Deadline,
+    ) -> None:
+        self._attached = attached
+        self._caller = caller
+        self._request = request
+        self._space = space
+        self._left = blocks
+        self._deadline = deadline
+        self._number = 0
+        self._following: asyncio.Task[pb.LocalReply] | None = None
+        """The window after the last one: it comes while that one is copied."""
+
+    async def step(self) -> list[GivenBlock]:
+        """Lets go of the blocks of the last step; the next ones, none at the end."""
+        given = await self._caller.quietly("load", self._next, self._deadline, [self._space])
+        if not given:
+            await self.end()
+        return given or []
+
+    async def end(self) -> None:
+        """Gives everything back. Idempotent."""
+        following, self._following = self._following, None
+        if following is not None:
+            following.cancel()
+            with suppress(asyncio.CancelledError, KvstoreError, TimeoutError):
+                await following
+        if self._number:
+            self._attached.done(self._number)
+            self._number = 0
+
+    async def _next(self) -> list[GivenBlock]:
+        given: list[GivenBlock] = []
+        while not given and self._left:
+            reply = await self._window()
+            if not reply.blocks.last:
+                asking = pb.LocalRequest(number=self._number, next=pb.LocalNext())
+                self._following = asyncio.create_task(self._attached.call(asking, self._deadline))
+            given = self._leading(reply.blocks.blocks)
+            self._left -= len(given)
+            if reply.blocks.last or len(given) < len(reply.blocks.blocks):
+                self._left = 0
+        return given
+
+    async def _window(self) -> pb.LocalReply:
+        following, self._following = self._following, None
+        if following is not None:
+            return await following
+        self._number = self._attached.number()
+        request = pb.LocalRequest(number=self._number, acquire=self._request)
+        return await self._attached.call(request, self._deadline)
+
+    def _leading(self, blocks: Sequence[pb.LocalBlock]) -> list[GivenBlock]:
+        if len(blocks) > self._left:
+            raise KvstoreError("the node says where blocks lie that were not asked for")
+        given = []
+        for block in blocks:
+            if not block.here:
+                break
+            if len(block.digest) != DIGEST_BYTES:
+                raise KvstoreError("the node gives a block without its digest")
+            view = self._attached.arena.view(block.offset, self._space.block_bytes)
+            given.append(GivenBlock(view.toreadonly(), Loaded(block.tier, block.digest)))
+        return given

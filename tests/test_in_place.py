@@ -1,0 +1,271 @@
+"""Callers who copy blocks from and to the node's arena themselves."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kvstore.server import NodeServer
+from kvstore_client import AsyncClient, Client, Space
+from kvstore_client.in_place import EmptySlot, GivenBlock, ReadInPlace, WriteInPlace
+from kvstore_client.loop_thread import LoopThread
+from tests.sim.blocks import keys_of
+from tests.sim.nodes import (
+    PATIENT,
+    Nodes,
+    check_node,
+    counter,
+    descriptor_of,
+    expected,
+    load,
+    store,
+)
+from tests.sim.rig import quiet
+
+BLOCKS = 40
+NOWHERE = keys_of("nowhere", 1)
+"""Blocks that nobody stores."""
+
+
+async def attach(nodes: Nodes, server: NodeServer) -> tuple[AsyncClient, Space]:
+    client = nodes.connect(server)
+    space = await client.open_space(descriptor_of())
+    assert client.arena is not None
+    return client, space
+
+
+async def writing(
+    client: AsyncClient, space: Space, keys: list[bytes], held: list[bool], **options: bytes
+) -> WriteInPlace:
+    write = await client.write_in_place(
+        space, keys, held, parent_key=options.get("parent_key", b"")
+    )
+    assert write is not None
+    return write
+
+
+async def reading(client: AsyncClient, space: Space, keys: list[bytes]) -> ReadInPlace:
+    read = await client.read_in_place(space, keys)
+    assert read is not None
+    return read
+
+
+def fill(space: Space, keys: list[bytes], slots: list[EmptySlot]) -> None:
+    for slot in slots:
+        slot.view[:] = expected(space, keys[slot.place])
+
+
+async def write_all(client: AsyncClient, space: Space, keys: list[bytes]) -> list[bool]:
+    held = [False] * len(keys)
+    write = await writing(client, space, keys, held)
+    while slots := await write.step():
+        fill(space, keys, slots)
+    return held
+
+
+async def read_all(client: AsyncClient, space: Space, keys: list[bytes]) -> list[str]:
+    """The tiers of the blocks that were given, each looked at byte by byte."""
+    read = await reading(client, space, keys)
+    tiers: list[str] = []
+    while given := await read.step():
+        for key, block in zip(keys[len(tiers) :], given, strict=False):
+            assert bytes(block.view) == expected(space, key)
+            tiers.append(block.loaded.tier)
+    return tiers
+
+
+async def idle(server: NodeServer, client: AsyncClient, space: Space) -> None:
+    """Nothing is held any more, once the node has heard all that the client has said so far."""
+    assert await read_all(client, space, NOWHERE) == []
+    await check_idle(server)
+
+
+async def check_idle(server: NodeServer) -> None:
+    assert server._local is not None
+    assert server._local._room.held_bytes == 0
+    await quiet(server.node.tiers)
+    check_node(server)
+
+
+async def test_what_was_written_in_place_is_read_by_everybody(nodes: Nodes) -> None:
+    """In place, by copies, and by the stream."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", BLOCKS)
+    assert await write_all(client, space, keys) == [True] * BLOCKS
+    assert await read_all(client, space, keys) == ["memory"] * BLOCKS
+    assert await load(client, space, keys) == ["memory"] * BLOCKS
+    async with AsyncClient(server.endpoint, budgets=PATIENT, shared_memory=False) as far:
+        assert await load(far, space, keys) == ["memory"] * BLOCKS
+    assert not client.counters
+    await idle(server, client, space)
+
+
+async def test_slots_are_given_for_what_the_node_lacks(nodes: Nodes) -> None:
+    """What it has is held before anything is copied."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", 8)
+    await store(client, space, keys[:5])
+    held = [False] * 8
+    write = await writing(client, space, keys, held)
+    slots = await write.step()
+    assert [slot.place for slot in slots] == [5, 6, 7]
+    assert held == [True] * 5 + [False] * 3
+    fill(space, keys, slots)
+    assert await write.step() == []
+    assert held == [True] * 8
+    await idle(server, client, space)
+
+
+async def test_a_write_that_ends_early_leaves_what_was_committed(nodes: Nodes) -> None:
+    """And nothing of the slots that it was still filling."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", 8)
+    held = [False] * 8
+    write = await writing(client, space, keys, held)
+    fill(space, keys, (await write.step())[:3])
+    await write.end()
+    await write.end()
+    await idle(server, client, space)
+    assert held == [False] * 8
+    assert await load(client, space, keys) == [None] * 8
+    assert counter(server, "corrupt", tier="memory") == 0
+
+
+async def test_a_read_ends_at_the_first_block_that_is_not_there(nodes: Nodes) -> None:
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", 12)
+    await store(client, space, keys[:7])
+    assert await read_all(client, space, keys) == ["memory"] * 7
+    assert await read_all(client, space, keys_of("nowhere", 3)) == []
+    await idle(server, client, space)
+
+
+async def test_a_read_that_ends_early_gives_everything_back(nodes: Nodes) -> None:
+    """Also the window that was on its way."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", BLOCKS)
+    await store(client, space, keys)
+    for _ in range(3):
+        read = await reading(client, space, keys)
+        assert await read.step()
+        await read.end()
+    await idle(server, client, space)
+    assert not client.counters
+
+
+async def test_blocks_that_are_given_can_only_be_read(nodes: Nodes) -> None:
+    """They are everybody's."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", 1)
+    await store(client, space, keys)
+    read = await reading(client, space, keys)
+    [block] = await read.step()
+    with pytest.raises(TypeError):
+        block.view[0] = 0
+    await read.end()
+
+
+async def test_a_node_that_hangs_up_ends_a_write_without_an_error(nodes: Nodes) -> None:
+    """It is counted."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", 4)
+    held = [False] * 4
+    write = await writing(client, space, keys, held)
+    fill(space, keys, await write.step())
+    assert server._local is not None
+    await server._local.close()
+    assert await write.step() == []
+    assert held == [False] * 4
+    assert client.counters["store_failed"] == 1
+
+
+async def test_a_space_that_the_node_forgot_is_opened_again(nodes: Nodes) -> None:
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", 4)
+    server.node.spaces.clear()
+    assert await write_all(client, space, keys) == [True] * 4
+    server.node.spaces.clear()
+    assert await read_all(client, space, keys) == ["memory"] * 4
+    assert client.counters["space_reopened"] == 2
+
+
+async def test_without_an_arena_there_is_nothing_to_write_to(nodes: Nodes) -> None:
+    server = await nodes.start(shared_memory={"enabled": False})
+    client = nodes.connect(server)
+    space = await client.open_space(descriptor_of())
+    keys = keys_of("chat", 2)
+    assert client.arena is None
+    assert await client.write_in_place(space, keys, [False] * 2) is None
+    assert await client.read_in_place(space, keys) is None
+    with pytest.raises(ValueError, match="held: one for each key"):
+        await client.write_in_place(space, keys, [])
+
+
+# The same for threads.
+
+
+class NodeThread:
+    """A node in a thread of its own, so that the test's thread may block."""
+
+    def __init__(self, home: Path) -> None:
+        self._thread = LoopThread("node")
+        self._nodes = Nodes(home)
+        self.server = self._thread.run(self._nodes.start())
+
+    def check_idle(self, client: Client, space: Space) -> None:
+        assert list(client.read_in_place(space, NOWHERE)) == []
+        self._thread.run(check_idle(self.server))
+
+    def stop(self) -> None:
+        self._thread.run(self._nodes.finish())
+        self._thread.stop()
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[NodeThread]:
+    node = NodeThread(tmp_path)
+    yield node
+    node.stop()
+
+
+def test_threads_write_and_read_step_by_step(far: NodeThread) -> None:
+    with Client(far.server.endpoint, budgets=PATIENT) as client:
+        space = client.open_space(descriptor_of())
+        keys = keys_of("chat", BLOCKS)
+        held = [False] * BLOCKS
+        for slots in client.write_in_place(space, keys, held):
+            fill(space, keys, slots)
+        assert held == [True] * BLOCKS
+        given: list[GivenBlock] = []
+        for blocks in client.read_in_place(space, keys):
+            for key, block in zip(keys[len(given) :], blocks, strict=False):
+                assert bytes(block.view) == expected(space, key)
+            given += blocks
+        assert len(given) == BLOCKS
+        assert not client.counters
+        far.check_idle(client, space)
+
+
+def test_a_thread_that_stops_in_the_middle_leaves_nothing_held(far: NodeThread) -> None:
+    with Client(far.server.endpoint, budgets=PATIENT) as client:
+        space = client.open_space(descriptor_of())
+        keys = keys_of("chat", BLOCKS)
+        with closing(client.write_in_place(space, keys, [False] * BLOCKS)) as steps:
+            fill(space, keys, next(steps))
+        far.check_idle(client, space)
+        for slots in client.write_in_place(space, keys, [False] * BLOCKS):
+            fill(space, keys, slots)
+        with closing(client.read_in_place(space, keys)) as blocks:
+            next(blocks)
+        far.check_idle(client, space)
+    assert list(client.write_in_place(space, keys, [False] * BLOCKS)) == []
+    assert list(client.read_in_place(space, keys)) == []
