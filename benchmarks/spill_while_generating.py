@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.dataplane.child import cpu_s
 from benchmarks.engine.models import VOCABULARY, demo_model
 from benchmarks.engine.store_node import StoreNode
 from benchmarks.proof import Claim, Finding, Proof, Setting, main
@@ -35,17 +36,26 @@ class Sample:
     total_s: float
     flush_s: float
     """How long the last blocks took to be stored when generation was over."""
+    beside_s: float
+    """CPU time of the node, and of all threads but the generating one."""
 
     @classmethod
-    def of(cls, worker: Worker, requests: Sequence[Request]) -> "Sample":
+    def of(cls, worker: Worker, requests: Sequence[Request], node: StoreNode) -> "Sample":
         """Runs them. Raises `Unavailable` if the node does not take the blocks."""
+        worker.forget_vram()
+        cpu_before_s = _cpu_beside_s(node)
         started_s = time.perf_counter()
         answers = worker.generate(requests)
         ended_s = time.perf_counter()
         if not worker.flush_spills(FLUSH_S):
             raise Unavailable("the node does not take the blocks")
         flush_s = time.perf_counter() - ended_s
-        return cls(_decode_speed(answers), ended_s - started_s, flush_s)
+        beside_s = _cpu_beside_s(node) - cpu_before_s
+        return cls(_decode_speed(answers), ended_s - started_s, flush_s, beside_s)
+
+
+def _cpu_beside_s(node: StoreNode) -> float:
+    return cpu_s([node.pid]) + time.process_time() - time.thread_time()
 
 
 def _decode_speed(answers: Sequence[Completion]) -> float:
@@ -116,20 +126,16 @@ def measured(setting: Setting, home: Path) -> tuple[list[Trial], Spilled]:
         spilling = exits.enter_context(Worker(replace(config, store_endpoint=node.endpoint)))
         without = exits.enter_context(Worker(config))
         for worker in (spilling, without):
-            Sample.of(worker, requests_of(rng))  # Whatever is done for the first time is slow.
+            Sample.of(worker, requests_of(rng), node)  # What is done for the first time is slow.
         trials = []
         for _ in range(setting.trials):
             requests = requests_of(rng)
             runs = {"spilling": spilling, "without": without, "again": without}
             order = rng.sample(list(runs), len(runs))
-            trials.append(Trial(**{name: _run_alone(runs[name], requests) for name in order}))
+            samples = {name: Sample.of(runs[name], requests, node) for name in order}
+            trials.append(Trial(**samples))
             setting.tick(1)
         return trials, Spilled.of(spilling)
-
-
-def _run_alone(worker: Worker, requests: Sequence[Request]) -> Sample:
-    worker.forget_vram()
-    return Sample.of(worker, requests)
 
 
 def run(setting: Setting) -> list[Finding]:
@@ -163,6 +169,11 @@ def _details(trials: Sequence[Trial]) -> dict[str, Any]:
             trial.without.total_s / trial.spilling.total_s for trial in trials
         ),
         "flush_s": quartiles(trial.spilling.flush_s for trial in trials),
+        "cpu_ms_beside": {
+            "spilling": quartiles(1e3 * trial.spilling.beside_s for trial in trials),
+            "without": quartiles(1e3 * trial.without.beside_s for trial in trials),
+        },
+        "run_s": quartiles(trial.without.total_s for trial in trials),
     }
 
 

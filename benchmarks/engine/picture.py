@@ -26,7 +26,7 @@ def draw(machine: str, rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         chosen = [point for point in points if point["model"] == model]
         _draw_times(panels[0][column], chosen)
         panels[0][column].set_title(model, loc="left")
-        even = rows[0]["details"]["break_even_tokens"][model]
+        even = rows[0]["details"]["pays"][model]
         _draw_speed_ups(panels[1][column], chosen, even)
     for axes in figure.axes:
         axes.set_xscale("log", base=2)
@@ -51,7 +51,8 @@ def _draw_times(axes: Any, points: Points) -> None:
                 style, color=colour, markersize=4, label=f"{prefix} from {source}",
             )  # fmt: skip
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("ms to the first token")
     axes.legend(frameon=False, fontsize=7)
@@ -60,21 +61,17 @@ def _draw_times(axes: Any, points: Points) -> None:
 def _draw_speed_ups(axes: Any, points: Points, even: Mapping[str, str]) -> None:
     axes.axhline(1, color=COMPUTED, linewidth=1)
     for source, colour in COLOURS.items():
-        for restores, filled in ((True, colour), (False, "none")):
-            these = [
-                point
-                for point in points
-                if point["source"] == source and (point["gate_restores"] > 0.5) == restores
-            ]
+        these = [point for point in points if point["source"] == source]
+        axes.plot([], [], "o", color=colour, label=f"{source}: pays {even[source]}")
+        for point in these:
+            filled = colour if point.get("gate_restores", True) else "none"
             axes.plot(
-                [point["restored_tokens"] for point in these],
-                [point["speed_up"] for point in these],
-                "o", color=colour, markerfacecolor=filled, markersize=7,
-                label=f"{source}: pays from {even[source]} tokens" if restores else None,
+                point["restored_tokens"], point["times_sooner"], "o", color=colour,
+                markerfacecolor=filled, markersize=7,
             )  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("tokens restored (filled: the gate restores; hollow: it computes)")
+    axes.set_xlabel("tokens restored (hollow: the gate has them computed)")
     axes.set_ylabel("times sooner than computed")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="best")

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+NEAR = 0.1
+"""Ways that differ by less than this part are as good as each other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -42,20 +45,40 @@ class Point:
         return self.recomputed - self.restored
 
     @property
+    def gate_decided(self) -> bool:
+        """Whether the gate was asked here."""
+        return bool(self.gated_s)
+
+    @property
     def regret(self) -> float:
         """Time lost where the gate decides, as a part of the better of the two ways."""
         better = min(self.recomputed, self.restored)
         return statistics.median(self.gated_s) / better - 1
 
     @property
+    def is_clear(self) -> bool:
+        """Whether one way was better in every repeat, by more than `NEAR` of it."""
+        for better, worse in (
+            (self.recompute_s, self.restore_s),
+            (self.restore_s, self.recompute_s),
+        ):
+            if min(worse) > max(better) * (1 + NEAR):
+                return True
+        return False
+
+    @property
+    def gate_restores(self) -> bool:
+        """What the gate chose in most repeats."""
+        return statistics.mean(self.gate_restored) > 0.5
+
+    @property
     def gate_is_right(self) -> bool:
-        """Whether the gate mostly chose the better way."""
-        restores = statistics.median(self.gate_restored) > 0.5
-        return restores == (self.saved_s > 0)
+        """Whether that is the better way."""
+        return self.gate_restores == (self.saved_s > 0)
 
     def as_row(self) -> dict[str, Any]:
         """For JSON; milliseconds."""
-        return {
+        row: dict[str, Any] = {
             "model": self.model,
             "source": self.source,
             "prefix": self.prefix,
@@ -63,12 +86,14 @@ class Point:
             "restored_tokens": self.restored_tokens,
             "recompute_ms": round(1e3 * self.recomputed, 2),
             "restore_ms": round(1e3 * self.restored, 2),
-            "speed_up": round(self.speed_up, 2),
-            "gate_restores": round(statistics.mean(self.gate_restored), 2),
-            "gate_ms": round(1e3 * statistics.median(self.gated_s), 2),
-            "gate_regret": round(self.regret, 3),
+            "times_sooner": round(self.speed_up, 2),
             "repeats": len(self.restore_s),
         }
+        if self.gate_decided:
+            row["gate_restores"] = self.gate_restores
+            row["gate_ms"] = round(1e3 * statistics.median(self.gated_s), 2)
+            row["gate_regret"] = round(self.regret, 3)
+        return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +107,8 @@ class BreakEven:
 
     def __str__(self) -> str:
         if self.tokens is None:
-            return "never"
-        return f"{'≤ ' if self.at_most else ''}{self.tokens:.0f}"
+            return "at no length measured"
+        return f"from {'at most ' if self.at_most else ''}{self.tokens:.0f} tokens on"
 
 
 def break_even(points: Sequence[Point]) -> BreakEven:

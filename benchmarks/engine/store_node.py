@@ -34,7 +34,7 @@ class StoreNode:
         """host:port of the node that runs."""
 
     def __enter__(self) -> Self:
-        self.restart()
+        self._start()
         return self
 
     def __exit__(
@@ -45,11 +45,21 @@ class StoreNode:
     ) -> None:
         self._end(patient=kind is None)
 
-    def restart(self) -> None:
-        """Ends the node, which writes its memory to disk, and starts one whose memory is empty."""
-        self._end(patient=True)
+    def restart(self, *, flush: bool) -> None:
+        """Another node on the same files, with nothing in memory. This one is killed, or ends in
+        order and writes what only memory has."""
+        self._end(patient=flush)
+        self._start()
+
+    def _start(self) -> None:
         self._child = Child("kvstore", "serve", "--supervised", *self._words)
         self.endpoint = str(self._child.hear(START_S)["endpoint"])
+
+    @property
+    def pid(self) -> int:
+        """Of the node that runs."""
+        assert self._child is not None
+        return self._child.pid
 
     def connect(self, path: str, descriptor: SpaceDescriptor) -> Client:
         """A client whose blocks take this path ("shm", "grpc"), with the space open."""
