@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import groupby, repeat
+from itertools import groupby
+from typing import cast
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
@@ -20,7 +21,7 @@ from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import BlockRef
 from kvstore.events import Events
 from kvstore.finding import Finding, Row, refs_of, slices
-from kvstore.leases import Lease, LeaseTable, question
+from kvstore.leases import Lease, LeaseTable, Share, question
 from kvstore.matching import longest_match, needed
 from kvstore.metrics import Metrics
 from kvstore.names import namespace
@@ -29,6 +30,7 @@ from kvstore.policy.policy import Use
 from kvstore.reading import Delivered, Reading, always, windows
 from kvstore.tenants import PRIVATE_SCOPE, Tenant, check_scope
 from kvstore.tiers.disk import DiskTier, Scrubbed
+from kvstore.tiers.memory import Slot
 from kvstore.tiers.tiered import Tiered, Want
 
 _log = logging.getLogger("kvstore.node")
@@ -38,6 +40,8 @@ MAX_SPACES = 4096
 NAMESPACES = 16_384
 """So many names of tenant, scope and space are kept at hand; the others are computed again."""
 EXPIRY_PERIOD_S = 0.5
+SETTLE_PERIOD_S = 0.001
+"""The policy hears of a request after so long, and then of another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +82,18 @@ class Need:
 
     def tiers(self, blocks: range) -> list[str]:
         """Where they lay."""
-        return [tier or "" for tier in self.row.tiers[blocks.start : blocks.stop]]
+        tiers = self.row.tiers[blocks.start : blocks.stop]
+        return cast("list[str]", tiers) if all(tiers) else [tier or "" for tier in tiers]
 
-    def wants(self, blocks: range) -> list[Want]:
-        """The same with their parents."""
-        refs, size = self.refs(blocks), self.descriptor.block_bytes
-        if not self.descriptor.needs_parents:
-            return [Want(ref, None, size) for ref in refs]
-        above = self.row.refs[blocks.start - 1] if blocks.start else None
-        return list(map(Want, refs, [above, *refs], repeat(size)))
+    def slots(self, blocks: range) -> list[Slot | None]:
+        """Where they lay in memory."""
+        return self.row.slots[blocks.start : blocks.stop]
+
+    def share(self) -> Share:
+        """What a lease has of them at first: nothing, yet."""
+        is_chain, start = self.descriptor.needs_parents, self.blocks.start
+        above = self.row.refs[start - 1] if is_chain and start else None
+        return Share(self.descriptor.block_bytes, above, is_chain, self.beyond(0))
 
     def beyond(self, count: int) -> tuple[int, str]:
         """How many there are beside the first `count`, and where the first of those lay."""
@@ -124,6 +131,7 @@ class Node:
         self.disk: DiskTier | None = None
         """The disk among the tiers, for what only a disk can do."""
         self._scrubbing = False
+        self._settling: asyncio.TimerHandle | None = None
         # Bounded: a scope is any name that a caller thinks of.
         self._namespace = lru_cache(NAMESPACES)(partial(namespace, secret))
         self._tasks: set[asyncio.Task[None]] = set()
@@ -196,7 +204,11 @@ class Node:
         descriptors = [self.space(space_id) for space_id in space_ids]
         names = [self._names(tenant, scopes, space_id) for space_id in space_ids]
         rows = await self._find(descriptors, names, keys, held_blocks, left_s)
-        for descriptor, (first, *_), row in zip(descriptors, names, rows, strict=True):
+        for space, (descriptor, (first, *_), row) in enumerate(
+            zip(descriptors, names, rows, strict=True)
+        ):
+            if space:
+                await asyncio.sleep(0)
             chain = row.refs + refs_of(first, keys[len(row.refs) :])
             await self._tell(self._use(tenant, descriptor, chain, hint), left_s)
         # Its caller may have repeated itself while this one was looking, and got his lease.
@@ -267,7 +279,20 @@ class Node:
             if at and left_s() <= 0:
                 continue
             self.tiers.memory.use(replace(use, chain=part))
-            await asyncio.sleep(0)
+            if at:
+                await asyncio.sleep(0)
+        self._settle_later()
+
+    def _settle_later(self) -> None:
+        """Has the policy think once the answer is on its way, a request at a time."""
+        if self._settling is None:
+            loop = asyncio.get_running_loop()
+            self._settling = loop.call_later(SETTLE_PERIOD_S, self._settle)
+
+    def _settle(self) -> None:
+        self._settling = None
+        if self.tiers.memory.settle():
+            self._settle_later()
 
     async def _grant(self, lease: Lease, needs: Sequence[Need]) -> bool:
         """Pins what is in memory and begins to promote the rest, both up to the leases' limit.
@@ -276,14 +301,13 @@ class Node:
         """
         if not self.leases.grant(lease):
             return False
-        lease.wants = [[] for _ in needs]
-        lease.beyond = [need.beyond(0) for need in needs]
+        lease.shares = [need.share() for need in needs]
         try:
             below = await self._hold(lease, needs)
         except BaseException:  # Cancelled: nobody will ever release it.
             self._release(lease)
             raise
-        if not any(lease.wants):
+        if not any(share.refs for share in lease.shares):
             self._release(lease)
         if below and not lease.ended:
             self._keep(self._promote(lease, below))
@@ -301,22 +325,35 @@ class Node:
                     await asyncio.sleep(0)
                 if lease.ended:
                     return []
-                wants = self._reserve(lease, space, need, part)
-                acquired = [(want, self.tiers.pin(want)) for want in wants]
-                lease.held += [block for _, block in acquired if block is not None]
-                below += [want for want, block in acquired if block is None]
-                if len(wants) < len(part):
+                reserved = self._reserve(lease, space, need, part)
+                below += self._pin(lease, space, need, reserved)
+                if len(reserved) < len(part):
                     break
         return below
 
-    def _reserve(self, lease: Lease, space: int, need: Need, part: range) -> list[Want]:
+    def _pin(self, lease: Lease, space: int, need: Need, part: range) -> list[Want]:
+        """Pins for a lease the last blocks of its share, which are those; what is not here."""
+        slots = need.slots(part)
+        pinned = self.tiers.memory.pin_leading(slots, need.descriptor.block_bytes)
+        lease.held += cast("list[Slot]", slots[:pinned])
+        if pinned == len(part):
+            return []
+        share = lease.shares[space]
+        acquired = [
+            (want, self.tiers.pin(want))
+            for want in share.wants(len(share.refs) - len(part) + pinned)
+        ]
+        lease.held += [block.slot for _, block in acquired if block is not None]
+        return [want for want, block in acquired if block is None]
+
+    def _reserve(self, lease: Lease, space: int, need: Need, part: range) -> range:
         """The first of some blocks of a space, as far as a lease has room for them."""
         share_bytes = self.tiers.memory.share_bytes(need.descriptor.block_bytes)
         part = part[: self.leases.reserve(lease, share_bytes, len(part))]
-        wants = need.wants(part)
-        lease.add(space, wants, need.tiers(part))
-        lease.beyond[space] = need.beyond(len(lease.wants[space]))
-        return wants
+        lease.add(space, need.refs(part), need.tiers(part))
+        share = lease.shares[space]
+        share.beyond = need.beyond(len(share.refs))
+        return part
 
     async def _promote(self, lease: Lease, wants: list[Want]) -> None:
         """Fetches in windows what a lease waits for, as long as it lives."""
@@ -327,10 +364,10 @@ class Node:
             if lease.ended:
                 self.tiers.release(acquired)
             else:
-                lease.held += acquired
+                lease.held += [block.slot for block in acquired]
 
     def _release(self, lease: Lease) -> None:
-        self.tiers.release(self.leases.end(lease))
+        self.tiers.memory.unpin_all(self.leases.end(lease))
 
     # Read.
 
@@ -491,7 +528,7 @@ class Node:
     async def _expire_leases(self) -> None:
         while True:
             await self.clock.sleep(EXPIRY_PERIOD_S)
-            self.tiers.release(self.leases.end_expired(self.clock.monotonic_s()))
+            self.tiers.memory.unpin_all(self.leases.end_expired(self.clock.monotonic_s()))
 
     async def close(self, flush_timeout_s: float, close_timeout_s: float) -> None:
         """Ends leases, writes what only memory has to the slower tiers, and closes them.
@@ -502,12 +539,14 @@ class Node:
         """
         loop = asyncio.get_running_loop()
         end_s = loop.time() + flush_timeout_s + close_timeout_s
+        if self._settling is not None:
+            self._settling.cancel()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         try:
-            self.tiers.release(self.leases.end_all())
+            self.tiers.memory.unpin_all(self.leases.end_all())
             await self._flush(flush_timeout_s)
         finally:
             await self._close_tiers(end_s - loop.time())
@@ -530,31 +569,61 @@ class Node:
 def _length(descriptors: Sequence[SpaceDescriptor], rows: Sequence[Row], held_blocks: int) -> int:
     """The longest match. Rows end where they no longer matter: the shortest one has all of it."""
     shortest = min(len(row.tiers) for row in rows)
+    gap = min(row.gap(held_blocks) for row in rows)
+    if gap >= shortest or all(descriptor.needs_parents for descriptor in descriptors):
+        return min(gap, shortest)
     return longest_match(descriptors, [row.present(held_blocks, shortest) for row in rows])
 
 
 def _runs(lease: Lease, needs: Sequence[Need]) -> list[list[Run]]:
     """Where the matched blocks lie, space by space; blocks that no rule needs lie nowhere."""
-    held = {acquired.slot.ref for acquired in lease.held}
-    runs = []
-    for need in needs:
-        leased = map(held.__contains__, need.refs(need.blocks)) if held else repeat(False)
-        places = list(zip(need.tiers(need.blocks), leased, strict=False))
-        runs.append(_run_lengths(lease.blocks, places))
-    return runs
+    tiers = [need.tiers(need.blocks) for need in needs]
+    if not lease.held:
+        return [_run_lengths(lease.blocks, _same(each, leased=False)) for each in tiers]
+    return [
+        _run_lengths(lease.blocks, [*leased, *_same(each[len(share.refs) :], leased=False)])
+        for each, share, leased in zip(tiers, lease.shares, _leased(lease), strict=True)
+    ]
 
 
 def _runs_again(lease: Lease) -> list[list[Run]]:
     """The same from what a lease remembers: of what is not leased only where it begins."""
-    held = {acquired.slot.ref for acquired in lease.held}
-    runs = []
-    for wants, (more, tier) in zip(lease.wants, lease.beyond, strict=True):
-        places = [(lease.tiers[want.ref], want.ref in held) for want in wants]
-        runs.append(_run_lengths(lease.blocks, places + [(tier, False)] * more))
+    return [
+        _run_lengths(lease.blocks, [*leased, Run(*share.beyond, leased=False)])
+        for share, leased in zip(lease.shares, _leased(lease), strict=True)
+    ]
+
+
+def _leased(lease: Lease) -> list[list[Run]]:
+    """The runs of what a lease names: it may still wait for some of that."""
+    if len(lease.held) == sum(len(share.refs) for share in lease.shares):
+        return [_same(share.tiers, leased=True) for share in lease.shares]
+    held = {slot.ref for slot in lease.held}
+    return [
+        [
+            Run(len(list(group)), *place)
+            for place, group in groupby(
+                zip(share.tiers, map(held.__contains__, share.refs), strict=True)
+            )
+        ]
+        for share in lease.shares
+    ]
+
+
+def _same(tiers: list[str], *, leased: bool) -> list[Run]:
+    """The runs of blocks of which all or none are leased."""
+    if tiers and tiers.count(tiers[0]) == len(tiers):  # Faster, and hardly ever otherwise.
+        return [Run(len(tiers), tiers[0], leased)]
+    return [Run(len(list(group)), tier, leased) for tier, group in groupby(tiers)]
+
+
+def _run_lengths(blocks: int, last: list[Run]) -> list[Run]:
+    """Runs of so many blocks, of which the last ones lie so; neighbours of a kind as one."""
+    first = Run(blocks - sum(run.blocks for run in last), "", leased=False)
+    runs: list[Run] = []
+    for run in [first, *last]:
+        if runs and (runs[-1].tier, runs[-1].leased) == (run.tier, run.leased):
+            runs[-1] = replace(runs[-1], blocks=runs[-1].blocks + run.blocks)
+        elif run.blocks:
+            runs.append(run)
     return runs
-
-
-def _run_lengths(blocks: int, places: list[tuple[str, bool]]) -> list[Run]:
-    """Runs of so many blocks, of which the last ones lie at these places."""
-    places = [("", False)] * (blocks - len(places)) + places
-    return [Run(len(list(group)), *place) for place, group in groupby(places)]

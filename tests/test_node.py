@@ -132,7 +132,7 @@ async def store(rig: Rig) -> AsyncIterator[Store]:
     """A node whose leases may keep half of its memory."""
     store = Store(rig, await rig.disk(), SLOTS // 2, SLOTS)
     yield store
-    store.tiers.release(store.leases.end_all())
+    store.tiers.memory.unpin_all(store.leases.end_all())
     await quiet(store.tiers)
 
 
