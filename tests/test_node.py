@@ -17,7 +17,13 @@ from kvstore.api.tier import BlockRef
 from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
 from kvstore.leases import Lease, LeaseTable
 from kvstore.matching import longest_match, needed
-from kvstore.node import EXPIRY_PERIOD_S, MAX_SPACES, NAMESPACES, Matched, Node
+from kvstore.node import (
+    EXPIRY_PERIOD_S,
+    MAX_SPACES,
+    NAMESPACES,
+    Matched,
+    Node,
+)
 from kvstore.policy.policy import Use
 from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
@@ -535,10 +541,9 @@ async def test_a_lease_names_no_more_than_it_has_room_for(store: Store) -> None:
     assert await store.read(keys, matched=first) == ["disk"] * 12
 
 
-async def test_too_many_leases_of_one_tenant_are_not_granted(rig: Rig, store: Store) -> None:
+async def test_too_many_leases_of_one_tenant_are_not_granted(store: Store) -> None:
     """The answer comes without one; other tenants get theirs, until the node has too many."""
-    table = LeaseTable(8 * SLOT_BYTES, max_leases=3, max_leases_per_tenant=2)
-    store.leases = store.node.leases = rig.check(table)
+    store.leases._max_leases, store.leases._max_leases_per_tenant = 3, 2
     keys = keys_of("chain", 1)
     for tenant in (ACME, RIVAL):
         await store.store(keys, tenant=tenant)
@@ -717,6 +722,84 @@ async def test_leases_follow_their_model(rng: random.Random) -> None:
     assert len(table) == sum(lease.expires_s > 0.5 for lease in live)
     table.end_all()
     assert (len(table), table.leased_bytes) == (0, 0)
+
+
+async def test_what_leaves_memory_between_look_up_and_lease_is_fetched_again(
+    store: Store, short_slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A match keeps in hand what it has seen; the slot of a block that went is not the block."""
+    keys = keys_of("chain", 8)
+    await store.store(keys)
+    await store.tiers.flush()
+    refs = store.node.refs(ACME, "", store.space_id, keys)
+    grant = store.leases.grant
+
+    def lose(lease: Lease) -> bool:
+        for ref in reversed(refs[2:]):
+            slot = store.tiers.memory.find(ref)
+            assert slot is not None
+            store.tiers.memory.evict(slot)
+        return grant(lease)
+
+    monkeypatch.setattr(store.leases, "grant", lose)
+    matched = await store.match(keys)
+    assert matched.lease is not None
+    assert [(run.blocks, run.tier, run.leased) for run in matched.runs[0]] == [
+        (2, "memory", True), (6, "memory", False),
+    ]  # fmt: skip
+    assert [slot.ref for slot in matched.lease.held] == refs
+    assert all(slot.indexed and slot.pins == 1 for slot in matched.lease.held)
+    assert await store.read(keys, matched=matched) == ["memory"] * 8
+
+
+async def test_the_policy_hears_of_a_match_behind_its_answer(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soon, without being asked; and who evicts meets a policy that has heard of it."""
+    keys = keys_of("chain", 3)
+    await store.store(keys)
+    policy, settle = store.tiers.memory._policy, store.tiers.memory.settle
+    heard = asyncio.Event()
+
+    def hear() -> bool:
+        more = settle()
+        if not more:
+            heard.set()
+        return more
+
+    monkeypatch.setattr(store.tiers.memory, "settle", hear)
+    await store.match(keys, lease_s=0, quietly=False)
+    assert policy.waiting == 1 + 3
+    await heard.wait()
+    assert policy.waiting == 0
+    await store.match(keys, lease_s=0, quietly=False)
+    assert policy.waiting == 1 + 3
+    assert store.tiers.memory.slots()
+    assert policy.waiting == 0
+
+
+async def test_a_match_over_several_places_says_where_each_run_lies(store: Store) -> None:
+    """Runs are as long as they can be, in memory and below, leased or beyond the leases' limit."""
+    keys = keys_of("chain", 12)
+    await store.store(keys)
+    await store.tiers.flush()
+    refs = store.node.refs(ACME, "", store.space_id, keys)
+    for ref in reversed(refs[3:6]):
+        slot = store.tiers.memory.find(ref)
+        assert slot is not None
+        store.tiers.memory.evict(slot)
+    first = await store.match(keys, request_id=b"request")
+    runs = [(run.blocks, run.tier, run.leased) for run in first.runs[0]]
+    assert runs == [
+        (3, "memory", True), (3, "disk", False), (2, "memory", True), (4, "memory", False),
+    ]  # fmt: skip
+    again = await store.match(keys, request_id=b"request")
+    assert again.lease is first.lease is not None
+    assert [(run.blocks, run.tier, run.leased) for run in again.runs[0]] == [
+        (3, "memory", True), (3, "disk", True), (2, "memory", True), (4, "memory", False),
+    ]  # fmt: skip
+    assert sorted(first.lease.known) == sorted(first.lease.tiers) == sorted(refs[:8])
+    assert [want.parent for want in first.lease.wants[0]] == [None, *refs[:7]]
 
 
 # Reads.
