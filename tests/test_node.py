@@ -15,7 +15,7 @@ from kvstore.api.hint import MAX_RETURN_MS, Reuse, ReuseHint
 from kvstore.api.space import MatchRule, SpaceDescriptor
 from kvstore.api.tier import BlockRef
 from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
-from kvstore.leases import Lease, LeaseTable
+from kvstore.leases import Lease, LeaseTable, Share
 from kvstore.matching import longest_match, needed
 from kvstore.node import (
     EXPIRY_PERIOD_S,
@@ -28,7 +28,7 @@ from kvstore.policy.policy import Use
 from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slabs import PAGE_BYTES
-from kvstore.tiers.tiered import Tiered
+from kvstore.tiers.tiered import Tiered, Want
 from kvstore.writing import Incoming
 from tests.sim.blocks import data_of, keys_of
 from tests.sim.clock import settle
@@ -694,6 +694,22 @@ async def test_a_match_that_ends_while_its_lease_is_granted_leaves_no_pin(
     assert_idle(store.tiers.memory)
 
 
+def test_a_lease_that_grows_under_a_read_is_known_to_the_next_one() -> None:
+    """What reads ask for is kept, and made anew when there is more."""
+    refs = [BlockRef(bytes(32), key) for key in keys_of("chain", 5)]
+    lease = Lease(b"lease", "acme", b"", 1.0, b"", 5)
+    lease.shares = [Share(size=7, above=refs[0], is_chain=True, beyond=(4, "disk"))]
+    lease.add(0, refs[1:3], ["memory", "disk"])
+    assert lease.known == {
+        refs[1]: Want(refs[1], refs[0], 7), refs[2]: Want(refs[2], refs[1], 7),
+    }  # fmt: skip
+    lease.add(0, refs[3:], ["disk", "redis"])
+    assert lease.known is lease.known
+    assert list(lease.known) == refs[1:]
+    assert lease.tiers == dict(zip(refs[1:], ["memory", "disk", "disk", "redis"], strict=True))
+    assert lease.shares[0].wants(2) == [Want(refs[3], refs[2], 7), Want(refs[4], refs[3], 7)]
+
+
 async def test_leases_follow_their_model(rng: random.Random) -> None:
     """Random grants, reservations and ends, against plain sums."""
     table = LeaseTable(1000)
@@ -768,8 +784,10 @@ async def test_the_policy_hears_of_a_match_behind_its_answer(
         return more
 
     monkeypatch.setattr(store.tiers.memory, "settle", hear)
-    await store.match(keys, lease_s=0, quietly=False)
-    assert policy.waiting == 1 + 3
+    monkeypatch.setattr("kvstore.policy.deferred._STEP_COST", 1)
+    for _ in range(3):
+        await store.match(keys, lease_s=0, quietly=False)
+    assert policy.waiting == 3 * (1 + 3)
     await heard.wait()
     assert policy.waiting == 0
     await store.match(keys, lease_s=0, quietly=False)
