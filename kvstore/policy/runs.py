@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST = 64
+LEAST = 128
 """Of fewer blocks each is handled by itself: that is faster then."""
 
 Ints = NDArray[np.int32]
