@@ -25,6 +25,7 @@ from kvstore.matching import longest_match
 from kvstore.metrics import Metrics
 from kvstore.names import namespace
 from kvstore.offer import Offer
+from kvstore.policy.deferred import MOST_STEPS
 from kvstore.policy.policy import Use
 from kvstore.reading import Delivered, Reading, always
 from kvstore.tenants import PRIVATE_SCOPE, Tenant, check_scope
@@ -318,6 +319,7 @@ class Node:
             parents[1:] = refs[:-1]
             if parent_key:
                 parents[:1] = self.refs(tenant, parent_scope, space_id, [parent_key])
+        await self._catch_up()
         rooted, *wanted = await self._wanted(parents[0], refs)
         self.tiers.memory.expect(self._use(tenant, descriptor, refs, hint))
         return Offer(
@@ -325,6 +327,13 @@ class Node:
             parents=parents, wanted=wanted, rooted=rooted,
             advise=lambda: self._advise(tenant, descriptor, refs, hint),
         )  # fmt: skip
+
+    async def _catch_up(self) -> None:
+        """Has the policy hear in steps of what waits now: a write would have it hear in one."""
+        for _ in range(MOST_STEPS):
+            if not self.tiers.memory.settle():
+                break
+            await asyncio.sleep(0)
 
     async def _wanted(self, above: BlockRef | None, refs: list[BlockRef]) -> list[bool]:
         """Whether the parent of a run is here, and which blocks of the run are not."""

@@ -796,6 +796,31 @@ async def test_the_policy_hears_of_a_match_behind_its_answer(
     assert policy.waiting == 0
 
 
+async def test_a_write_has_the_policy_hear_of_matches_in_steps(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few at a time, and others run in between; what comes meanwhile does not hold it up."""
+    keys = keys_of("chain", 3)
+    await store.store(keys)
+    monkeypatch.setattr("kvstore.policy.deferred._STEP_COST", 4)
+    monkeypatch.setattr("kvstore.node.SETTLE_PERIOD_S", 1000.0)
+    policy = store.tiers.memory._policy
+    for _ in range(5):
+        await store.match(keys, lease_s=0, quietly=False)
+    waiting: list[int] = []
+
+    async def others() -> None:
+        while True:
+            waiting.append(policy.waiting)
+            store.tiers.memory.use(Use([], 0.0))
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(others())
+    assert len(await store.store(keys_of("new", 2))) == 2
+    running.cancel()
+    assert waiting[:3] == [20 - 4, 20 - 8 + 1, 20 - 12 + 2]
+
+
 async def test_a_match_over_several_places_says_where_each_run_lies(store: Store) -> None:
     """Runs are as long as they can be, in memory and below, leased or beyond the leases' limit."""
     keys = keys_of("chain", 12)

@@ -11,11 +11,13 @@ from typing import Generic
 
 from kvstore.policy.policy import K, Policy, Use
 
-MOST_COST = 32_768
+MOST_COST = 16_384
 """Uses that cost so much may wait: one for each, and one for each block. Who brings more has the
 first ones told at once."""
 _STEP_COST = 1024
 """About so much is told in one step, which takes a few milliseconds at most."""
+MOST_STEPS = MOST_COST // _STEP_COST
+"""After so many the policy has heard of all that waited at first."""
 
 
 class Deferred(Generic[K]):

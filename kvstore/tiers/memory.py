@@ -119,7 +119,10 @@ class Memory:
     def unpin_all(self, slots: Iterable[Slot]) -> None:
         """Ends one `pin` of each."""
         for slot in slots:
-            self.unpin(slot)
+            if slot.indexed and slot.pins:  # Without a call: there are many of them.
+                slot.pins -= 1
+            else:
+                self.unpin(slot)
 
     def reserve(self, ref: BlockRef, size: int) -> Slot | None:
         """An empty slot that only the caller knows, to be filled and committed; None if full."""
