@@ -15,7 +15,7 @@ from kvstore.tiers.tiered import Tiered
 
 SLICE_BLOCKS = 4096
 """So many blocks are looked up, or told to the policy, before other tasks have their turn: that
-takes about a millisecond."""
+takes a millisecond where memory has them, ten to thirty where nobody has ever heard of them."""
 
 T = TypeVar("T")
 
