@@ -33,7 +33,7 @@ class Row:
     tiers: list[str | None] = field(default_factory=list)
     """The tier in which each lies; None: nowhere."""
     slots: list[Slot | None] = field(default_factory=list)
-    """Where each lay in memory, as far as that was seen."""
+    """Where each lay in memory, of the leading ones of each slice that it had; else None."""
 
     def present(self, held_blocks: int, length: int) -> list[bool]:
         """Which of the first `length` blocks are here, or held by the caller."""
@@ -80,7 +80,7 @@ class Finding:
         hot = leading(slots)
         row.refs += map(_ref_of, slots[:hot])
         row.tiers += repeat(self._tiers.memory.name, hot)
-        row.slots += slots
+        row.slots += slots[:hot]
         if hot < len(keys):
             await self._extend_slowly(row, names, keys[hot:])
 
@@ -98,6 +98,7 @@ class Finding:
                     refs[at], tiers[at] = ref, tier
         row.refs += refs
         row.tiers += tiers
+        row.slots += repeat(None, len(refs))
 
     async def _locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
         """Where blocks lie, as far as that can be said in the time that is left."""

@@ -236,7 +236,7 @@ class Node:
         self._settle_later()
 
     def _settle_later(self) -> None:
-        """Has the policy think once the answer is on its way, a request at a time."""
+        """Has the policy hear once the answer is on its way, of a few requests at a time."""
         if self._settling is None:
             loop = asyncio.get_running_loop()
             self._settling = loop.call_later(SETTLE_PERIOD_S, self._settle)

@@ -78,7 +78,7 @@ class Tournament(Generic[K]):
         blocks = self._blocks
         ids, add, size = blocks.ids, blocks.add, use.block_bytes
         found = list(map(ids.get, use.chain))
-        if None in found:
+        if not all(found):  # No block has the number 0.
             # A key may stand in the chain twice.
             found = [ids.get(key) or add(key, size) for key in use.chain]
         chain = Chain(cast("list[int]", found))
