@@ -4,13 +4,40 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from kvstore.api.tier import BlockRef
-from kvstore.tiers.tiered import Acquired, Want
+from kvstore.tiers.memory import Slot
+from kvstore.tiers.tiered import Want
 
 MAX_LEASES = 16_384
 MAX_LEASES_PER_TENANT = 4096
 """A lease lasts as long as a restore: more of them are hardly ever of use, but each takes room."""
+
+
+@dataclass(slots=True)
+class Share:
+    """What a lease has of one space: consecutive blocks of its chain, as far as reserved."""
+
+    size: int
+    """Of one block."""
+    above: BlockRef | None
+    """The parent of the first of `refs`."""
+    is_chain: bool
+    """Whether each of `refs` is the parent of the next one."""
+    beyond: tuple[int, str]
+    """How many more a restore needs, and the tier in which the first of them lay."""
+    refs: list[BlockRef] = field(default_factory=list)
+    tiers: list[str] = field(default_factory=list)
+    """Where each of `refs` lay when it was matched."""
+
+    def wants(self, start: int = 0) -> list[Want]:
+        """The blocks from one on, with their parents."""
+        refs = self.refs[start:]
+        if not self.is_chain:
+            return [Want(ref, None, self.size) for ref in refs]
+        above = self.refs[start - 1] if start else self.above
+        return list(map(Want, refs, [above, *refs], repeat(self.size)))
 
 
 @dataclass(slots=True, eq=False)
@@ -28,20 +55,45 @@ class Lease:
     asked: bytes
     """What the Match asked (`question`); the same request id and question get the same answer."""
     blocks: int
-    wants: list[list[Want]] = field(default_factory=list)
-    """The blocks that a restore needs, space by space, with their parents, as far as reserved."""
-    beyond: list[tuple[int, str]] = field(default_factory=list)
-    """For each space how many more a restore needs, and the tier in which the first of them lay."""
-    held: list[Acquired] = field(default_factory=list)
-    tiers: dict[BlockRef, str] = field(default_factory=dict)
-    """Where each of `wants` lay when it was matched."""
+    shares: list[Share] = field(default_factory=list)
+    """The blocks that a restore needs, space by space, as far as reserved."""
+    held: list[Slot] = field(default_factory=list)
+    """What is pinned for it."""
     reserved_bytes: int = 0
     ended: bool = False
+    _named: tuple[dict[BlockRef, Want], dict[BlockRef, str]] | None = None
+    """What reads ask for, made for the first of them."""
 
-    def add(self, space: int, wants: Sequence[Want], tiers: Sequence[str]) -> None:
+    @property
+    def wants(self) -> list[list[Want]]:
+        """The blocks of each share, with their parents."""
+        return [share.wants() for share in self.shares]
+
+    @property
+    def known(self) -> dict[BlockRef, Want]:
+        """All `wants`, by what they are called."""
+        return self._names()[0]
+
+    @property
+    def tiers(self) -> dict[BlockRef, str]:
+        """Where each of `wants` lay when it was matched."""
+        return self._names()[1]
+
+    def add(self, space: int, refs: Sequence[BlockRef], tiers: Sequence[str]) -> None:
         """Notes blocks of a space for which there is room, and where they lay."""
-        self.wants[space] += wants
-        self.tiers.update((want.ref, tier) for want, tier in zip(wants, tiers, strict=True))
+        share = self.shares[space]
+        share.refs += refs
+        share.tiers += tiers
+        self._named = None
+
+    def _names(self) -> tuple[dict[BlockRef, Want], dict[BlockRef, str]]:
+        if self._named is None:
+            known = {want.ref: want for share in self.shares for want in share.wants()}
+            tiers: dict[BlockRef, str] = {}
+            for share in self.shares:
+                tiers.update(zip(share.refs, share.tiers, strict=True))
+            self._named = known, tiers
+        return self._named
 
 
 def question(
@@ -108,7 +160,7 @@ class LeaseTable:
         """The live lease that an earlier Match of the same request got."""
         return self._requests.get((tenant, request_id))
 
-    def end(self, lease: Lease) -> list[Acquired]:
+    def end(self, lease: Lease) -> list[Slot]:
         """Ends a lease; what it held."""
         if lease.ended:
             return []
@@ -123,14 +175,14 @@ class LeaseTable:
         held, lease.held = lease.held, []
         return held
 
-    def end_expired(self, now_s: float) -> list[Acquired]:
+    def end_expired(self, now_s: float) -> list[Slot]:
         """Ends what has run out; what those leases held."""
         expired = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
-        return [block for lease in expired for block in self.end(lease)]
+        return [slot for lease in expired for slot in self.end(lease)]
 
-    def end_all(self) -> list[Acquired]:
+    def end_all(self) -> list[Slot]:
         """Ends every lease; what they held."""
-        return [block for lease in list(self._leases.values()) for block in self.end(lease)]
+        return [slot for lease in list(self._leases.values()) for slot in self.end(lease)]
 
     def check(self) -> None:
         """Recomputes every invariant; AssertionError tells which one broke."""

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import groupby, repeat
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import InvalidArgument, ResourceExhausted, UnknownSpace
@@ -20,16 +19,18 @@ from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import BlockRef
 from kvstore.events import Events
 from kvstore.finding import Finding, Row, refs_of, slices
+from kvstore.granting import Granting, Need, Run, runs_again, runs_of
 from kvstore.leases import Lease, LeaseTable, question
-from kvstore.matching import longest_match, needed
+from kvstore.matching import longest_match
 from kvstore.metrics import Metrics
 from kvstore.names import namespace
 from kvstore.offer import Offer
+from kvstore.policy.deferred import MOST_STEPS
 from kvstore.policy.policy import Use
-from kvstore.reading import Delivered, Reading, always, windows
+from kvstore.reading import Delivered, Reading, always
 from kvstore.tenants import PRIVATE_SCOPE, Tenant, check_scope
 from kvstore.tiers.disk import DiskTier, Scrubbed
-from kvstore.tiers.tiered import Tiered, Want
+from kvstore.tiers.tiered import Tiered
 
 _log = logging.getLogger("kvstore.node")
 
@@ -38,15 +39,8 @@ MAX_SPACES = 4096
 NAMESPACES = 16_384
 """So many names of tenant, scope and space are kept at hand; the others are computed again."""
 EXPIRY_PERIOD_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive matched blocks that lay in one tier; `leased`: they stay until read."""
-
-    blocks: int
-    tier: str
-    leased: bool
+SETTLE_PERIOD_S = 0.001
+"""The policy hears of a request after so long, and then of another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,42 +50,6 @@ class Matched:
     blocks: int
     runs: list[list[Run]]
     lease: Lease | None
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Which blocks of a chain a restore needs in one space, beside what the caller holds."""
-
-    descriptor: SpaceDescriptor
-    row: Row
-    blocks: range
-
-    @classmethod
-    def of(cls, descriptor: SpaceDescriptor, row: Row, held_blocks: int, length: int) -> "Need":
-        """What a restore from `held_blocks` to `length` needs."""
-        blocks = needed(descriptor, length)
-        return cls(descriptor, row, range(max(held_blocks, blocks.start), blocks.stop))
-
-    def refs(self, blocks: range) -> list[BlockRef]:
-        """What some of the blocks are called."""
-        return self.row.refs[blocks.start : blocks.stop]
-
-    def tiers(self, blocks: range) -> list[str]:
-        """Where they lay."""
-        return [tier or "" for tier in self.row.tiers[blocks.start : blocks.stop]]
-
-    def wants(self, blocks: range) -> list[Want]:
-        """The same with their parents."""
-        refs, size = self.refs(blocks), self.descriptor.block_bytes
-        if not self.descriptor.needs_parents:
-            return [Want(ref, None, size) for ref in refs]
-        above = self.row.refs[blocks.start - 1] if blocks.start else None
-        return list(map(Want, refs, [above, *refs], repeat(size)))
-
-    def beyond(self, count: int) -> tuple[int, str]:
-        """How many there are beside the first `count`, and where the first of those lay."""
-        rest = self.blocks[count:]
-        return len(rest), "".join(self.tiers(rest[:1]))
 
 
 class Node:
@@ -124,9 +82,11 @@ class Node:
         self.disk: DiskTier | None = None
         """The disk among the tiers, for what only a disk can do."""
         self._scrubbing = False
+        self._settling: asyncio.TimerHandle | None = None
         # Bounded: a scope is any name that a caller thinks of.
         self._namespace = lru_cache(NAMESPACES)(partial(namespace, secret))
         self._tasks: set[asyncio.Task[None]] = set()
+        self._granting = Granting(tiers, leases, self._keep)
         metrics.follow(tiers.usage, lambda: (len(leases), leases.leased_bytes))
         self._keep(self._expire_leases())
 
@@ -192,16 +152,20 @@ class Node:
         self._count_hint(hint)
         asked = question(space_ids, keys, scopes, held_blocks) if request_id else b""
         if repeated := self._repeated(tenant, request_id, asked):
-            return Matched(repeated.blocks, _runs_again(repeated), repeated)
+            return Matched(repeated.blocks, runs_again(repeated), repeated)
         descriptors = [self.space(space_id) for space_id in space_ids]
         names = [self._names(tenant, scopes, space_id) for space_id in space_ids]
         rows = await self._find(descriptors, names, keys, held_blocks, left_s)
-        for descriptor, (first, *_), row in zip(descriptors, names, rows, strict=True):
+        for space, (descriptor, (first, *_), row) in enumerate(
+            zip(descriptors, names, rows, strict=True)
+        ):
+            if space:
+                await asyncio.sleep(0)
             chain = row.refs + refs_of(first, keys[len(row.refs) :])
             await self._tell(self._use(tenant, descriptor, chain, hint), left_s)
         # Its caller may have repeated itself while this one was looking, and got his lease.
         if repeated := self._repeated(tenant, request_id, asked):
-            return Matched(repeated.blocks, _runs_again(repeated), repeated)
+            return Matched(repeated.blocks, runs_again(repeated), repeated)
         length = _length(descriptors, rows, held_blocks)
         # What the caller holds itself says nothing about the store.
         self.metrics.asked_blocks.inc(len(keys) - held_blocks)
@@ -220,9 +184,9 @@ class Node:
         )
         earlier = self.leases.of_request(tenant.name, request_id) if request_id else None
         if earlier is not None:
-            self._release(earlier)
-        granted = length > held_blocks and lease_s > 0 and await self._grant(lease, needs)
-        return Matched(length, _runs(lease, needs), lease if granted else None)
+            self._granting.release(earlier)
+        granted = length > held_blocks and lease_s > 0 and await self._granting.grant(lease, needs)
+        return Matched(length, runs_of(lease, needs), lease if granted else None)
 
     def _repeated(self, tenant: Tenant, request_id: bytes, asked: bytes) -> Lease | None:
         """The lease that this request got for the same question, as long as it holds."""
@@ -234,7 +198,7 @@ class Node:
         """Ends a lease; unknown ones are ignored."""
         lease = self.leases.find(tenant.name, lease_id)
         if lease is not None:
-            self._release(lease)
+            self._granting.release(lease)
 
     async def _find(
         self,
@@ -267,70 +231,20 @@ class Node:
             if at and left_s() <= 0:
                 continue
             self.tiers.memory.use(replace(use, chain=part))
-            await asyncio.sleep(0)
+            if at:
+                await asyncio.sleep(0)
+        self._settle_later()
 
-    async def _grant(self, lease: Lease, needs: Sequence[Need]) -> bool:
-        """Pins what is in memory and begins to promote the rest, both up to the leases' limit.
+    def _settle_later(self) -> None:
+        """Has the policy hear once the answer is on its way, of a few requests at a time."""
+        if self._settling is None:
+            loop = asyncio.get_running_loop()
+            self._settling = loop.call_later(SETTLE_PERIOD_S, self._settle)
 
-        False if nothing could be leased.
-        """
-        if not self.leases.grant(lease):
-            return False
-        lease.wants = [[] for _ in needs]
-        lease.beyond = [need.beyond(0) for need in needs]
-        try:
-            below = await self._hold(lease, needs)
-        except BaseException:  # Cancelled: nobody will ever release it.
-            self._release(lease)
-            raise
-        if not any(lease.wants):
-            self._release(lease)
-        if below and not lease.ended:
-            self._keep(self._promote(lease, below))
-        return not lease.ended
-
-    async def _hold(self, lease: Lease, needs: Sequence[Need]) -> list[Want]:
-        """Reserves and pins for a lease; what it has to wait for.
-
-        What it found may be gone by now, and is then promoted again. The lease may end meanwhile.
-        """
-        below: list[Want] = []
-        for space, need in enumerate(needs):
-            for part in slices(need.blocks):
-                if space or part.start > need.blocks.start:
-                    await asyncio.sleep(0)
-                if lease.ended:
-                    return []
-                wants = self._reserve(lease, space, need, part)
-                acquired = [(want, self.tiers.pin(want)) for want in wants]
-                lease.held += [block for _, block in acquired if block is not None]
-                below += [want for want, block in acquired if block is None]
-                if len(wants) < len(part):
-                    break
-        return below
-
-    def _reserve(self, lease: Lease, space: int, need: Need, part: range) -> list[Want]:
-        """The first of some blocks of a space, as far as a lease has room for them."""
-        share_bytes = self.tiers.memory.share_bytes(need.descriptor.block_bytes)
-        part = part[: self.leases.reserve(lease, share_bytes, len(part))]
-        wants = need.wants(part)
-        lease.add(space, wants, need.tiers(part))
-        lease.beyond[space] = need.beyond(len(lease.wants[space]))
-        return wants
-
-    async def _promote(self, lease: Lease, wants: list[Want]) -> None:
-        """Fetches in windows what a lease waits for, as long as it lives."""
-        for window in windows(wants):
-            if lease.ended:
-                return
-            acquired = [block for block in await self.tiers.acquire(window) if block]
-            if lease.ended:
-                self.tiers.release(acquired)
-            else:
-                lease.held += acquired
-
-    def _release(self, lease: Lease) -> None:
-        self.tiers.release(self.leases.end(lease))
+    def _settle(self) -> None:
+        self._settling = None
+        if self.tiers.memory.settle():
+            self._settle_later()
 
     # Read.
 
@@ -405,6 +319,7 @@ class Node:
             parents[1:] = refs[:-1]
             if parent_key:
                 parents[:1] = self.refs(tenant, parent_scope, space_id, [parent_key])
+        await self._catch_up()
         rooted, *wanted = await self._wanted(parents[0], refs)
         self.tiers.memory.expect(self._use(tenant, descriptor, refs, hint))
         return Offer(
@@ -412,6 +327,13 @@ class Node:
             parents=parents, wanted=wanted, rooted=rooted,
             advise=lambda: self._advise(tenant, descriptor, refs, hint),
         )  # fmt: skip
+
+    async def _catch_up(self) -> None:
+        """Has the policy hear in steps of what waits now: a write would have it hear in one."""
+        for _ in range(MOST_STEPS):
+            if not self.tiers.memory.settle():
+                break
+            await asyncio.sleep(0)
 
     async def _wanted(self, above: BlockRef | None, refs: list[BlockRef]) -> list[bool]:
         """Whether the parent of a run is here, and which blocks of the run are not."""
@@ -491,7 +413,7 @@ class Node:
     async def _expire_leases(self) -> None:
         while True:
             await self.clock.sleep(EXPIRY_PERIOD_S)
-            self.tiers.release(self.leases.end_expired(self.clock.monotonic_s()))
+            self.tiers.memory.unpin_all(self.leases.end_expired(self.clock.monotonic_s()))
 
     async def close(self, flush_timeout_s: float, close_timeout_s: float) -> None:
         """Ends leases, writes what only memory has to the slower tiers, and closes them.
@@ -502,12 +424,14 @@ class Node:
         """
         loop = asyncio.get_running_loop()
         end_s = loop.time() + flush_timeout_s + close_timeout_s
+        if self._settling is not None:
+            self._settling.cancel()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         try:
-            self.tiers.release(self.leases.end_all())
+            self.tiers.memory.unpin_all(self.leases.end_all())
             await self._flush(flush_timeout_s)
         finally:
             await self._close_tiers(end_s - loop.time())
@@ -530,31 +454,7 @@ class Node:
 def _length(descriptors: Sequence[SpaceDescriptor], rows: Sequence[Row], held_blocks: int) -> int:
     """The longest match. Rows end where they no longer matter: the shortest one has all of it."""
     shortest = min(len(row.tiers) for row in rows)
+    gap = min(row.gap(held_blocks) for row in rows)
+    if gap >= shortest or all(descriptor.needs_parents for descriptor in descriptors):
+        return min(gap, shortest)
     return longest_match(descriptors, [row.present(held_blocks, shortest) for row in rows])
-
-
-def _runs(lease: Lease, needs: Sequence[Need]) -> list[list[Run]]:
-    """Where the matched blocks lie, space by space; blocks that no rule needs lie nowhere."""
-    held = {acquired.slot.ref for acquired in lease.held}
-    runs = []
-    for need in needs:
-        leased = map(held.__contains__, need.refs(need.blocks)) if held else repeat(False)
-        places = list(zip(need.tiers(need.blocks), leased, strict=False))
-        runs.append(_run_lengths(lease.blocks, places))
-    return runs
-
-
-def _runs_again(lease: Lease) -> list[list[Run]]:
-    """The same from what a lease remembers: of what is not leased only where it begins."""
-    held = {acquired.slot.ref for acquired in lease.held}
-    runs = []
-    for wants, (more, tier) in zip(lease.wants, lease.beyond, strict=True):
-        places = [(lease.tiers[want.ref], want.ref in held) for want in wants]
-        runs.append(_run_lengths(lease.blocks, places + [(tier, False)] * more))
-    return runs
-
-
-def _run_lengths(blocks: int, places: list[tuple[str, bool]]) -> list[Run]:
-    """Runs of so many blocks, of which the last ones lie at these places."""
-    places = [("", False)] * (blocks - len(places)) + places
-    return [Run(len(list(group)), *place) for place, group in groupby(places)]

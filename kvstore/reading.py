@@ -42,7 +42,7 @@ class Reading:
         left_s: Callable[[], float],
     ) -> None:
         self._tiers = tiers
-        self._known = {want.ref: want for row in lease.wants for want in row} if lease else {}
+        self._known = lease.known if lease else {}
         self._wants = [self._known.get(ref) or Want(ref, None, size) for ref in refs]
         self._origin = lease.tiers if lease else {}
         self._slow_is_full = slow_is_full

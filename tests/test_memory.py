@@ -144,6 +144,27 @@ async def test_a_pinned_slot_is_never_reused(rig: Rig) -> None:
     assert memory.usage()[0].used_bytes == 0
 
 
+async def test_many_slots_are_pinned_and_unpinned_as_one_by_one(rig: Rig) -> None:
+    """Up to the first that is not here any more, or another size; who was forgotten is freed."""
+    memory = rig.memory(8)
+    blocks = chain()
+    slots = [put(memory, block) for block in blocks]
+    keys = [block.ref.key for block in blocks]
+    assert memory.find_all(MINE, [*keys, bytes(32)]) == [*slots, None]
+    assert memory.find_all(bytes(32), keys) == [None] * len(keys)
+    assert memory.pin_leading([*slots[:2], None, slots[2]], SIZE) == 2
+    assert memory.pin_leading(slots, SIZE + 1) == 0
+    memory.pin(slots[0])
+    await memory.discard([blocks[1].ref])
+    assert memory.pin_leading(slots, SIZE) == 1
+    memory.unpin_all([*slots[:2], slots[0]])
+    assert [slot.pins for slot in slots] == [1, 0, 0, 0]
+    memory.unpin_all(slots[:1])
+    with pytest.raises(AssertionError, match="more often"):
+        memory.unpin_all(slots[:1])
+    assert_idle(memory)
+
+
 def put_variant(memory: Memory, block: Block) -> Slot:
     """Stores the same block with other bytes, as a later writer would."""
     return put(memory, block_of(block.ref, block.parent, SIZE, variant=1))

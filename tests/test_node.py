@@ -15,14 +15,20 @@ from kvstore.api.hint import MAX_RETURN_MS, Reuse, ReuseHint
 from kvstore.api.space import MatchRule, SpaceDescriptor
 from kvstore.api.tier import BlockRef
 from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
-from kvstore.leases import Lease, LeaseTable
+from kvstore.leases import Lease, LeaseTable, Share
 from kvstore.matching import longest_match, needed
-from kvstore.node import EXPIRY_PERIOD_S, MAX_SPACES, NAMESPACES, Matched, Node
+from kvstore.node import (
+    EXPIRY_PERIOD_S,
+    MAX_SPACES,
+    NAMESPACES,
+    Matched,
+    Node,
+)
 from kvstore.policy.policy import Use
 from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slabs import PAGE_BYTES
-from kvstore.tiers.tiered import Tiered
+from kvstore.tiers.tiered import Tiered, Want
 from kvstore.writing import Incoming
 from tests.sim.blocks import data_of, keys_of
 from tests.sim.clock import settle
@@ -132,7 +138,7 @@ async def store(rig: Rig) -> AsyncIterator[Store]:
     """A node whose leases may keep half of its memory."""
     store = Store(rig, await rig.disk(), SLOTS // 2, SLOTS)
     yield store
-    store.tiers.release(store.leases.end_all())
+    store.tiers.memory.unpin_all(store.leases.end_all())
     await quiet(store.tiers)
 
 
@@ -535,10 +541,9 @@ async def test_a_lease_names_no_more_than_it_has_room_for(store: Store) -> None:
     assert await store.read(keys, matched=first) == ["disk"] * 12
 
 
-async def test_too_many_leases_of_one_tenant_are_not_granted(rig: Rig, store: Store) -> None:
+async def test_too_many_leases_of_one_tenant_are_not_granted(store: Store) -> None:
     """The answer comes without one; other tenants get theirs, until the node has too many."""
-    table = LeaseTable(8 * SLOT_BYTES, max_leases=3, max_leases_per_tenant=2)
-    store.leases = store.node.leases = rig.check(table)
+    store.leases._max_leases, store.leases._max_leases_per_tenant = 3, 2
     keys = keys_of("chain", 1)
     for tenant in (ACME, RIVAL):
         await store.store(keys, tenant=tenant)
@@ -689,6 +694,22 @@ async def test_a_match_that_ends_while_its_lease_is_granted_leaves_no_pin(
     assert_idle(store.tiers.memory)
 
 
+def test_a_lease_that_grows_under_a_read_is_known_to_the_next_one() -> None:
+    """What reads ask for is kept, and made anew when there is more."""
+    refs = [BlockRef(bytes(32), key) for key in keys_of("chain", 5)]
+    lease = Lease(b"lease", "acme", b"", 1.0, b"", 5)
+    lease.shares = [Share(size=7, above=refs[0], is_chain=True, beyond=(4, "disk"))]
+    lease.add(0, refs[1:3], ["memory", "disk"])
+    assert lease.known == {
+        refs[1]: Want(refs[1], refs[0], 7), refs[2]: Want(refs[2], refs[1], 7),
+    }  # fmt: skip
+    lease.add(0, refs[3:], ["disk", "redis"])
+    assert lease.known is lease.known
+    assert list(lease.known) == refs[1:]
+    assert lease.tiers == dict(zip(refs[1:], ["memory", "disk", "disk", "redis"], strict=True))
+    assert lease.shares[0].wants(2) == [Want(refs[3], refs[2], 7), Want(refs[4], refs[3], 7)]
+
+
 async def test_leases_follow_their_model(rng: random.Random) -> None:
     """Random grants, reservations and ends, against plain sums."""
     table = LeaseTable(1000)
@@ -717,6 +738,111 @@ async def test_leases_follow_their_model(rng: random.Random) -> None:
     assert len(table) == sum(lease.expires_s > 0.5 for lease in live)
     table.end_all()
     assert (len(table), table.leased_bytes) == (0, 0)
+
+
+async def test_what_leaves_memory_between_look_up_and_lease_is_fetched_again(
+    store: Store, short_slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A match keeps in hand what it has seen; the slot of a block that went is not the block."""
+    keys = keys_of("chain", 8)
+    await store.store(keys)
+    await store.tiers.flush()
+    refs = store.node.refs(ACME, "", store.space_id, keys)
+    grant = store.leases.grant
+
+    def lose(lease: Lease) -> bool:
+        for ref in reversed(refs[2:]):
+            slot = store.tiers.memory.find(ref)
+            assert slot is not None
+            store.tiers.memory.evict(slot)
+        return grant(lease)
+
+    monkeypatch.setattr(store.leases, "grant", lose)
+    matched = await store.match(keys)
+    assert matched.lease is not None
+    assert [(run.blocks, run.tier, run.leased) for run in matched.runs[0]] == [
+        (2, "memory", True), (6, "memory", False),
+    ]  # fmt: skip
+    assert [slot.ref for slot in matched.lease.held] == refs
+    assert all(slot.indexed and slot.pins == 1 for slot in matched.lease.held)
+    assert await store.read(keys, matched=matched) == ["memory"] * 8
+
+
+async def test_the_policy_hears_of_a_match_behind_its_answer(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soon, without being asked; and who evicts meets a policy that has heard of it."""
+    keys = keys_of("chain", 3)
+    await store.store(keys)
+    policy, settle = store.tiers.memory._policy, store.tiers.memory.settle
+    heard = asyncio.Event()
+
+    def hear() -> bool:
+        more = settle()
+        if not more:
+            heard.set()
+        return more
+
+    monkeypatch.setattr(store.tiers.memory, "settle", hear)
+    monkeypatch.setattr("kvstore.policy.deferred._STEP_COST", 1)
+    for _ in range(3):
+        await store.match(keys, lease_s=0, quietly=False)
+    assert policy.waiting == 3 * (1 + 3)
+    await heard.wait()
+    assert policy.waiting == 0
+    await store.match(keys, lease_s=0, quietly=False)
+    assert policy.waiting == 1 + 3
+    assert store.tiers.memory.slots()
+    assert policy.waiting == 0
+
+
+async def test_a_write_has_the_policy_hear_of_matches_in_steps(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few at a time, and others run in between; what comes meanwhile does not hold it up."""
+    keys = keys_of("chain", 3)
+    await store.store(keys)
+    monkeypatch.setattr("kvstore.policy.deferred._STEP_COST", 4)
+    monkeypatch.setattr("kvstore.node.SETTLE_PERIOD_S", 1000.0)
+    policy = store.tiers.memory._policy
+    for _ in range(5):
+        await store.match(keys, lease_s=0, quietly=False)
+    waiting: list[int] = []
+
+    async def others() -> None:
+        while True:
+            waiting.append(policy.waiting)
+            store.tiers.memory.use(Use([], 0.0))
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(others())
+    assert len(await store.store(keys_of("new", 2))) == 2
+    running.cancel()
+    assert waiting[:3] == [20 - 4, 20 - 8 + 1, 20 - 12 + 2]
+
+
+async def test_a_match_over_several_places_says_where_each_run_lies(store: Store) -> None:
+    """Runs are as long as they can be, in memory and below, leased or beyond the leases' limit."""
+    keys = keys_of("chain", 12)
+    await store.store(keys)
+    await store.tiers.flush()
+    refs = store.node.refs(ACME, "", store.space_id, keys)
+    for ref in reversed(refs[3:6]):
+        slot = store.tiers.memory.find(ref)
+        assert slot is not None
+        store.tiers.memory.evict(slot)
+    first = await store.match(keys, request_id=b"request")
+    runs = [(run.blocks, run.tier, run.leased) for run in first.runs[0]]
+    assert runs == [
+        (3, "memory", True), (3, "disk", False), (2, "memory", True), (4, "memory", False),
+    ]  # fmt: skip
+    again = await store.match(keys, request_id=b"request")
+    assert again.lease is first.lease is not None
+    assert [(run.blocks, run.tier, run.leased) for run in again.runs[0]] == [
+        (3, "memory", True), (3, "disk", True), (2, "memory", True), (4, "memory", False),
+    ]  # fmt: skip
+    assert sorted(first.lease.known) == sorted(first.lease.tiers) == sorted(refs[:8])
+    assert [want.parent for want in first.lease.wants[0]] == [None, *refs[:7]]
 
 
 # Reads.

@@ -38,9 +38,10 @@ from tests.sim.nodes import descriptor_of
 
 def test_keys_travel_in_one_field() -> None:
     """32 bytes each, in order; an empty field holds none."""
-    keys = keys_of("chain", 9)
-    assert pack_keys(keys) == b"".join(keys)
-    assert unpack_keys(pack_keys(keys)) == keys
+    for count in (1, 9, 63, 64, 65, 300):
+        keys = keys_of("chain", count)
+        assert pack_keys(keys) == b"".join(keys)
+        assert unpack_keys(pack_keys(keys)) == keys
     assert unpack_keys(b"") == []
 
 

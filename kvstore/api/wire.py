@@ -1,6 +1,8 @@
 """Between messages of `kvstore.v1` and the words of this package; both sides of the wire use it."""
 
+import struct
 from collections.abc import Iterable
+from itertools import chain
 
 from kvstore.api.errors import InvalidArgument
 from kvstore.api.hint import Reuse, ReuseHint
@@ -13,6 +15,10 @@ PIECE_BYTES = 1 << 20
 """Bytes of block data in one message; the measured optimum of bare grpcio lies at 1–4 MiB."""
 MESSAGE_BYTES = 4 << 20
 """The largest message that either side accepts unless it is configured otherwise."""
+
+_SOME_KEYS = 64
+_SPLIT = struct.Struct(f"{KEY_BYTES}s" * _SOME_KEYS)
+"""Cuts so many keys apart at once, in a quarter of the time of a slice for each."""
 
 _DESCRIPTOR_FIELDS = [
     field.name for field in pb.SpaceDescriptor.DESCRIPTOR.fields if field.name != "match_rule"
@@ -33,7 +39,10 @@ def unpack_keys(packed: bytes, field: str = "keys", least: int = 0) -> list[byte
         )
     if not least <= count <= MAX_KEYS:
         raise InvalidArgument(f"{field}: {least} … {MAX_KEYS} keys are allowed, got {count}")
-    return [packed[start : start + KEY_BYTES] for start in range(0, len(packed), KEY_BYTES)]
+    whole = len(packed) - len(packed) % _SPLIT.size
+    keys = list(chain.from_iterable(_SPLIT.iter_unpack(memoryview(packed)[:whole])))
+    keys += [packed[at : at + KEY_BYTES] for at in range(whole, len(packed), KEY_BYTES)]
+    return keys
 
 
 def check_space_id(space_id: bytes) -> bytes:

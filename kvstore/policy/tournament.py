@@ -7,8 +7,10 @@ the content turns into the new leader's by normal turnover, and while the leader
 """
 
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Generic
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, Generic, cast
+
+import numpy as np
 
 from kvstore.policy.blocks import AWAITED, HERE, Blocks
 from kvstore.policy.contest import Contest
@@ -16,6 +18,7 @@ from kvstore.policy.experts.expert import Expert, Request
 from kvstore.policy.experts.lru import LruExpert
 from kvstore.policy.policy import K, Use
 from kvstore.policy.queues import Queue
+from kvstore.policy.runs import Chain, view
 
 LRU = 0
 """The expert that is always there: what the others have to beat, and the order of last resort."""
@@ -74,10 +77,11 @@ class Tournament(Generic[K]):
     def use(self, use: Use[K]) -> None:
         blocks = self._blocks
         ids, add, size = blocks.ids, blocks.add, use.block_bytes
-        chain = []
-        for key in use.chain:
-            block = ids.get(key)
-            chain.append(add(key, size) if block is None else block)
+        found = list(map(ids.get, use.chain))
+        if not all(found):  # No block has the number 0.
+            # A key may stand in the chain twice.
+            found = [ids.get(key) or add(key, size) for key in use.chain]
+        chain = Chain(cast("list[int]", found))
         hits = self._hits(chain)
         request = self._request(use, chain)
         for expert in self._experts:
@@ -192,6 +196,10 @@ class Tournament(Generic[K]):
     def _hits(self, chain: Sequence[int]) -> list[int]:
         """How many leading blocks each expert holds."""
         flags = self._blocks.flags
+        if isinstance(chain, Chain) and chain.tail_first is not None:
+            held = view(flags)[chain.tail_first[::-1]]
+            lacking = [np.flatnonzero(held & expert.flag == 0) for expert in self._experts]
+            return [int(at[0]) if len(at) else len(chain) for at in lacking]
         hits = [len(chain)] * len(self._experts)
         alive = (1 << len(self._experts)) - 1
         for depth, block in enumerate(chain):
@@ -209,7 +217,7 @@ class Tournament(Generic[K]):
         """Experts hold the whole chain now; what is not here may arrive."""
         flags, queued = self._blocks.flags, self._queued
         following, previous = self._next, self._previous
-        for block in reversed(chain):
+        for block in self._unsettled(chain):
             flag = flags[block]
             if flag & HERE:
                 held = queued[block] & flag
@@ -232,6 +240,14 @@ class Tournament(Generic[K]):
             self._await_no_more(block)
             if not flags[block] and not self._blocks.children[block]:
                 self._blocks.drop(block)
+
+    def _unsettled(self, chain: Sequence[int]) -> Iterable[int]:
+        """Tail first, those that are queued although they are held, or are not here."""
+        if not isinstance(chain, Chain) or chain.tail_first is None:
+            return reversed(chain)
+        held, queued = view(self._blocks.flags)[chain.tail_first], view(self._queued)
+        unsettled = (held & HERE == 0) | (held & queued[chain.tail_first] != 0)
+        return cast("list[int]", chain.tail_first[unsettled].tolist())
 
     def _await_no_more(self, block: int) -> None:
         before, after = self._previous[block], self._next[block]

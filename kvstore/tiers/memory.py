@@ -7,9 +7,12 @@ alone.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import repeat
+from typing import cast
 
 from kvstore.api.clock import Clock
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Usage
+from kvstore.policy.deferred import Deferred
 from kvstore.policy.policy import Policy, Use
 from kvstore.tiers.arena import Arena
 from kvstore.tiers.lineage import Member, with_descendants
@@ -61,7 +64,7 @@ class Memory:
         """Slots whose parent is not in memory, by that parent."""
         self._rows: list[list[Slot | None]] = [[] for _ in range(capacity_bytes // slab_bytes)]
         """The slots of each slab."""
-        self._policy = policy
+        self._policy = Deferred(policy)
         self.clock = clock
 
     @property
@@ -84,10 +87,27 @@ class Memory:
         """The slot of a block that is here. Counts as no use; pin it before any `await`."""
         return self._index.get(ref)
 
+    def find_all(self, namespace: bytes, keys: Iterable[bytes]) -> list[Slot | None]:
+        """As `find`, for many blocks of a namespace."""
+        # A pair is equal to the `BlockRef` of the same, and `zip` makes no new one for each.
+        index = cast("dict[tuple[bytes, bytes], Slot]", self._index)
+        return list(map(index.get, zip(repeat(namespace), keys)))
+
     def pin(self, slot: Slot) -> Slot:
         """Keeps the slot from being evicted or reused until `unpin`."""
         slot.pins += 1
         return slot
+
+    def pin_leading(self, slots: Sequence[Slot | None], size: int) -> int:
+        """Pins slots that were found earlier up to the first that is not here any more, or not of
+        this size; how many those are."""
+        count = 0
+        for slot in slots:
+            if slot is None or not slot.indexed or slot.size != size:
+                break
+            slot.pins += 1
+            count += 1
+        return count
 
     def unpin(self, slot: Slot) -> None:
         """Ends one `pin`; a slot that was forgotten meanwhile is freed with the last one."""
@@ -95,6 +115,14 @@ class Memory:
         slot.pins -= 1
         if not slot.indexed and not slot.pins:
             self._free(slot)
+
+    def unpin_all(self, slots: Iterable[Slot]) -> None:
+        """Ends one `pin` of each."""
+        for slot in slots:
+            if slot.indexed and slot.pins:  # Without a call: there are many of them.
+                slot.pins -= 1
+            else:
+                self.unpin(slot)
 
     def reserve(self, ref: BlockRef, size: int) -> Slot | None:
         """An empty slot that only the caller knows, to be filled and committed; None if full."""
@@ -210,7 +238,10 @@ class Memory:
         return count
 
     def use(self, use: Use[BlockRef]) -> None:
-        """Tells the policy of a request: its whole chain, whether here or not."""
+        """Tells the policy of a request: its whole chain, whether here or not.
+
+        It hears of it when it is asked next, or by `settle`.
+        """
         self._policy.use(self._sized(use))
 
     def expect(self, use: Use[BlockRef]) -> None:
@@ -222,6 +253,10 @@ class Memory:
     def advise(self, use: Use[BlockRef]) -> None:
         """Tells the policy what a caller says of a chain's future."""
         self._policy.advise(self._sized(use))
+
+    def settle(self) -> bool:
+        """Has the policy hear of some more requests; True if there are others."""
+        return self._policy.settle()
 
     def _sized(self, use: Use[BlockRef]) -> Use[BlockRef]:
         """The same with what its blocks take here.

@@ -69,6 +69,11 @@ def age_bin(age_s: float) -> int:
     return bisect_right(_EDGES_S, age_s) - 1
 
 
+def age_bins(ages_s: Floats) -> NDArray[np.int64]:
+    """The same for many."""
+    return np.searchsorted(_EDGES_S, ages_s, side="right") - 1
+
+
 def class_of_request(hint: ReuseHint | None, turn: int, tokens: int) -> int:
     """The class of a request's own blocks: what was said of it, its turn, its length."""
     reuse, back = 0, 0
@@ -85,6 +90,12 @@ def class_of_request(hint: ReuseHint | None, turn: int, tokens: int) -> int:
 def class_of_shared(uses: int, sessions: int) -> int:
     """The class of a block that several sessions used."""
     return _SHARED + uses.bit_length() * _SESSION_BUCKETS + min(sessions.bit_length(), 8) - 1
+
+
+def classes_of_shared(uses: NDArray[np.int64], sessions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same for many."""
+    use_bits, session_bits = (np.frexp(counts.astype(np.float64))[1] for counts in (uses, sessions))
+    return _SHARED + use_bits * _SESSION_BUCKETS + np.minimum(session_bits, 8) - 1
 
 
 class Evidence:

@@ -6,8 +6,12 @@ oldest and the youngest of each class can be the one that is worth least.
 """
 
 from array import array
+from collections.abc import Sequence
 from heapq import heapify, heappop, heapreplace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.policy.blocks import Blocks
 from kvstore.policy.experts.evidence import (
@@ -16,11 +20,14 @@ from kvstore.policy.experts.evidence import (
     SHARED_SESSIONS,
     Evidence,
     age_bin,
+    age_bins,
     class_of_request,
     class_of_shared,
+    classes_of_shared,
     values_at,
 )
 from kvstore.policy.experts.expert import Request
+from kvstore.policy.runs import Chain, Ints, append, pieces, split, unlink, view
 
 _SLACK = 512
 """It evicts a 512th of its capacity at once, because choosing looks at every class."""
@@ -108,6 +115,8 @@ class HazardExpert:
         """Records which blocks came back, and how many of the chain had ever been seen."""
         blocks, events = self._blocks, self._evidence.events
         uses, used_s, classes = blocks.uses, blocks.used_s, blocks.classes
+        if isinstance(request.blocks, Chain) and request.blocks.tail_first is not None:
+            return self._note_returns_of(request.blocks.tail_first[::-1], request.now_s)
         at_s, kind, index = -1.0, _UNSET, 0
         for known, block in enumerate(request.blocks):
             if not uses[block]:
@@ -117,6 +126,16 @@ class HazardExpert:
                 index = kind * BINS + age_bin(request.now_s - at_s)
             events[index] += 1
         return len(request.blocks)
+
+    def _note_returns_of(self, chain: Ints, now_s: float) -> int:
+        """As `_note_returns`, all at once."""
+        blocks = self._blocks
+        new = np.flatnonzero(view(blocks.uses)[chain] == 0)
+        known = chain[: int(new[0])] if len(new) else chain
+        bins = age_bins(now_s - view(blocks.used_s)[known])
+        cells = view(blocks.classes)[known].astype(np.int64) * BINS + bins
+        np.add.at(view(self._evidence.events), cells, 1)
+        return len(known)
 
     def _session(self, request: Request, known: int) -> tuple[int, int]:
         """Whose request it is, and the how many-th of it.
@@ -139,15 +158,21 @@ class HazardExpert:
         return session, min(blocks.turn[deepest] + 1, _MOST_TURNS) if goes_on else 1
 
     def _place(self, request: Request, own: int, session: int, turn: int) -> None:
-        """Notes the use with each block and moves it to the end of its class.
+        """Notes the use with each block and moves it to the end of its class."""
+        one_by_one, together = split(request.blocks, self._blocks.flags, self.flag)
+        self._place_each(one_by_one, request.now_s, own, session, turn)
+        if len(together):
+            self._place_all(together, request.now_s, own, session, turn)
 
-        All in one loop: this runs for every block of every request.
-        """
-        blocks, flag, now_s = self._blocks, self.flag, request.now_s
+    def _place_each(
+        self, chain: Sequence[int], now_s: float, own: int, session: int, turn: int
+    ) -> None:
+        """All in one loop: this runs for every block that was not here."""
+        blocks, flag = self._blocks, self.flag
         flags, uses, sessions, owners = blocks.flags, blocks.uses, blocks.sessions, blocks.session
         classes, turns, used_s = blocks.classes, blocks.turn, blocks.used_s
         following, previous, youngest = self._next, self._previous, self._youngest
-        for block in reversed(request.blocks):
+        for block in reversed(chain):
             count = uses[block]
             if not count:
                 sessions[block] = 1
@@ -182,6 +207,29 @@ class HazardExpert:
                 youngest[kind] = block
             following[last] = previous[kind] = node
             following[node], previous[node] = kind, last
+
+    def _place_all(self, chain: Ints, now_s: float, own: int, session: int, turn: int) -> None:
+        """The same for blocks that it holds, tail first."""
+        blocks, youngest, used_s = self._blocks, self._youngest, self._blocks.used_s
+        counts, sessions, kinds = _count(blocks, chain, own, session)
+        classes = view(blocks.classes)
+        for former in np.unique(classes[chain]).tolist():
+            if youngest[former] != _UNSET and np.any(chain == youngest[former]):
+                youngest[former] = _UNSET
+        cut = pieces(self._next, chain + CLASSES, kinds)
+        unlink(self._next, self._previous, cut)
+        classes[chain], view(blocks.uses)[chain] = kinds, counts
+        view(blocks.sessions)[chain], view(blocks.session)[chain] = sessions, session
+        view(blocks.turn)[chain], view(used_s)[chain] = turn, now_s
+        for first, last, at in cut:
+            kind = int(kinds[at])
+            before = self._previous[kind]
+            if before == kind:
+                self._filled.add(kind)
+                youngest[kind] = first - CLASSES
+            elif used_s[before - CLASSES] != now_s:
+                youngest[kind] = first - CLASSES
+            append(self._next, self._previous, first, last, kind)
 
     def _append(self, block: int, kind: int, now_s: float) -> None:
         node = CLASSES + block
@@ -234,3 +282,16 @@ class HazardExpert:
     def _candidate(self, block: int, kind: int, youngest: bool, now_s: float) -> Candidate:
         at_s = self._blocks.used_s[block]
         return values_at(self._evidence.values, kind, now_s - at_s), at_s, kind, youngest
+
+
+def _count(
+    blocks: Blocks[Any], chain: Ints, own: int, session: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Uses, sessions and class of known blocks after one more use."""
+    counts = np.minimum(view(blocks.uses)[chain].astype(np.int64) + 1, _MOST_USES)
+    sessions = view(blocks.sessions)[chain].astype(np.int64)
+    sessions[view(blocks.session)[chain] != session] += 1
+    sessions = np.minimum(sessions, _MOST_SESSIONS)
+    shared = sessions >= SHARED_SESSIONS
+    kinds = np.where(shared, classes_of_shared(counts, sessions), own)
+    return counts, sessions, kinds

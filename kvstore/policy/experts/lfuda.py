@@ -7,8 +7,11 @@ key of the last victim. What was used often long ago is overtaken by what is use
 from array import array
 from typing import Any
 
+import numpy as np
+
 from kvstore.policy.blocks import Blocks
 from kvstore.policy.experts.expert import Request
+from kvstore.policy.runs import append, pieces, split, unlink, view
 
 _KEYS = 4096
 """Keys lie so close to the age. More uses than that count as that many."""
@@ -36,7 +39,8 @@ class LfuDaExpert:
     def use(self, request: Request) -> None:
         flags, uses, flag, age = self._flags, self._uses, self.flag, self._age
         following, previous = self._next, self._previous
-        for block in reversed(request.blocks):
+        blocks, together = split(request.blocks, flags, flag)
+        for block in reversed(blocks):
             node = _KEYS + block
             if flags[block] & flag:
                 count = uses[block] + 1
@@ -53,6 +57,14 @@ class LfuDaExpert:
             last = previous[end]
             following[last] = previous[end] = node
             following[node], previous[node] = end, last
+        if len(together):
+            column = view(uses)
+            counts = np.minimum(column[together] + 1, _KEYS - 1)
+            column[together] = counts
+            cut = pieces(following, together + _KEYS, counts)
+            unlink(following, previous, cut)
+            for first, last, at in cut:
+                append(following, previous, first, last, (age + int(counts[at])) % _KEYS)
 
     def advise(self, request: Request) -> None:
         """Nothing: only uses count."""

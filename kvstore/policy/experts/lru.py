@@ -5,6 +5,7 @@ from typing import Any
 
 from kvstore.policy.blocks import Blocks
 from kvstore.policy.experts.expert import Request
+from kvstore.policy.runs import append, pieces, split, unlink
 
 _END = 0
 
@@ -25,7 +26,8 @@ class LruExpert:
     def use(self, request: Request) -> None:
         flags, following, previous, flag = self._flags, self._next, self._previous, self.flag
         last = previous[_END]
-        for block in reversed(request.blocks):
+        blocks, together = split(request.blocks, flags, flag)
+        for block in reversed(blocks):
             if flags[block] & flag:
                 if block == last:
                     continue
@@ -40,6 +42,11 @@ class LruExpert:
             last = block
         following[last] = _END
         previous[_END] = last
+        if len(together):
+            cut = pieces(following, together)
+            unlink(following, previous, cut)
+            for first, last, _ in cut:
+                append(following, previous, first, last, _END)
 
     def advise(self, request: Request) -> None:
         """Nothing: only uses count."""

@@ -6,9 +6,12 @@ When a block was last used is remembered long after it was evicted: `Blocks.last
 
 from typing import Any
 
+import numpy as np
+
 from kvstore.policy.blocks import Blocks
 from kvstore.policy.experts.expert import Request
 from kvstore.policy.experts.ranked import Ranks
+from kvstore.policy.runs import split, view
 
 _END = 0
 _ONCE = 0
@@ -36,7 +39,8 @@ class Lru2Expert:
         flags, before, last, flag = self._flags, self._before, self._last, self.flag
         following, previous, order = self._next, self._previous, self._order
         now = self._accesses
-        for block in reversed(request.blocks):
+        blocks, together = split(request.blocks, flags, flag)
+        for block in reversed(blocks):
             now += 1
             former = last[block]
             last[block] = now
@@ -56,6 +60,16 @@ class Lru2Expert:
                 youngest = previous[_END]
                 following[youngest] = previous[_END] = block
                 following[block], previous[block] = _END, youngest
+        if len(together):
+            column, former_of = view(before), view(last)[together]
+            for at in np.flatnonzero(column[together] == _ONCE).tolist():
+                block = int(together[at])
+                ahead, behind = previous[block], following[block]
+                following[ahead], previous[behind] = behind, ahead
+                order.push(block, int(former_of[at]))
+            column[together] = former_of
+            view(last)[together] = np.arange(now + 1, now + 1 + len(together))
+            now += len(together)
         self._accesses = now
 
     def advise(self, request: Request) -> None:

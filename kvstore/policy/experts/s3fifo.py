@@ -6,8 +6,11 @@ Three first-in-first-out queues: `small` for what is new, `main` for what proved
 
 from typing import Any
 
+import numpy as np
+
 from kvstore.policy.blocks import Blocks
 from kvstore.policy.experts.expert import Request
+from kvstore.policy.runs import split, view
 
 _SMALL_SHARE = 0.1
 """As published."""
@@ -37,7 +40,8 @@ class S3FifoExpert:
 
     def use(self, request: Request) -> None:
         flags, uses, flag = self._flags, self._uses, self.flag
-        for block in reversed(request.blocks):
+        blocks, together = split(request.blocks, flags, flag)
+        for block in reversed(blocks):
             if flags[block] & flag:
                 if uses[block] < _MOST_USES:
                     uses[block] += 1
@@ -50,6 +54,9 @@ class S3FifoExpert:
             uses[block] = 0
             flags[block] |= flag
             self._append(queue, block)
+        if len(together):
+            column = view(uses)
+            column[together] = np.minimum(column[together] + 1, _MOST_USES)
 
     def advise(self, request: Request) -> None:
         """Nothing: only uses count."""

@@ -103,7 +103,7 @@ def _check_leases(machine: Machine, running: Running, oracle: Oracle) -> None:
     for lease in node.leases._leases.values():
         if lease.expires_s < now_s - EXPIRY_PERIOD_S - SLACK_S:
             raise Broken(f"{running.process.name}: a lease outlives its time")
-        for held in (acquired.slot for acquired in lease.held):
+        for held in lease.held:
             known = held.indexed or held in running.memory._unindexed
             if not held.pins or not known:
                 raise Broken(f"{running.process.name}: a leased slot is not pinned, or not known")
