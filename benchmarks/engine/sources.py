@@ -8,6 +8,7 @@ from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Loaded
 from kvstore_client import Client, Match, Run, Space
+from kvstore_client.in_place import EmptySlot, GivenBlock
 from kvstore_client.restore_gate import RestoreGate
 
 
@@ -74,6 +75,40 @@ class Source:
             return [False] * len(keys)
         return self.client.store(
             space, keys, blocks, parent_key=parent_key, scope=scope, hint=hint, budget_s=budget_s
+        )
+
+    @property
+    def arena(self) -> memoryview | None:
+        return self.client.arena
+
+    def write_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        held: list[bool],
+        *,
+        parent_key: bytes = b"",
+        scope: str = "",
+        hint: ReuseHint | None = None,
+        budget_s: float | None = None,
+    ) -> Generator[list[EmptySlot], None, None]:
+        if self.stores:
+            yield from self.client.write_in_place(
+                space, keys, held, parent_key=parent_key, scope=scope, hint=hint, budget_s=budget_s
+            )
+
+    def read_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        scopes: Sequence[str] = (),
+        lease: Match | None = None,
+        budget_s: float | None = None,
+    ) -> Generator[list[GivenBlock], None, None]:
+        time.sleep(self.delay_s)
+        yield from self.client.read_in_place(
+            space, keys, scopes=scopes, lease=lease, budget_s=budget_s
         )
 
     def release(self, match: Match) -> None:
