@@ -51,6 +51,8 @@ def pack(codec: CodecId, data: memoryview, dtype: str) -> tuple[bytes, bytes] | 
     kind = DTYPES.index(dtype)
     count = len(data) // WIDTHS[kind]
     values = _widened(data, kind, count)
+    if not np.isfinite(values).all():
+        return None
     quantise, restore, bound = _SCHEMES[codec]
     with np.errstate(all="ignore"):
         scales, codes = _by_piece(values, quantise)
@@ -59,7 +61,7 @@ def pack(codec: CodecId, data: memoryview, dtype: str) -> tuple[bytes, bytes] | 
         kept = _widened(memoryview(decoded), kind, count)
         for start in range(0, len(values), _PIECE):
             piece = slice(start, start + _PIECE)
-            # False also for what is not a number.
+            # What has become no number is in no bound.
             if not np.all(np.abs(kept[piece] - values[piece]) <= bound(np.abs(values[piece]))):
                 return None
     packed_codes = entropy_coded(codes.reshape(-1)[:count])
