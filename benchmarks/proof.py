@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.code_digest import code_digest
+from kvstore.replay.picture import require_pictures
 
 Size = Literal["test", "short", "long"]
 
@@ -81,6 +82,8 @@ class Proof:
     """One finding for each claim, in their order."""
     beside: Sequence[str] = ("kvstore/policy/", "kvstore/replay/", "kvstore/cli.py")
     """Where the code lies that it loads and does not test: figures outlive changes of it."""
+    draw: Callable[[Sequence[Mapping[str, Any]], Path], None] | None = None
+    """Draws the rows, where a picture says more; `--png` is then an option."""
 
 
 def passed(failures: int, trials: int, **details: Any) -> Finding:
@@ -196,6 +199,13 @@ def main(proof: Proof) -> None:
         type=click.Path(dir_okay=False, path_type=Path),
         help="Write the rows here.",
     )
+    @click.option(
+        "--png",
+        "png_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        hidden=proof.draw is None,
+        help="Draw a picture here.",
+    )
     def command(
         size: Size,
         trials: int | None,
@@ -203,7 +213,12 @@ def main(proof: Proof) -> None:
         trace: Path | None,
         hints: Path | None,
         json_file: Path | None,
+        png_file: Path | None,
     ) -> None:
+        if png_file is not None:
+            require_pictures()
+            if proof.draw is None:
+                raise click.UsageError("--png: this proof draws nothing")
         seed = seed or secrets.token_hex(4)
         trials = trials or proof.trials[size]
         said = f"python -m benchmarks.{proof.module} --size {size} --trials {trials} --seed {seed}"
@@ -221,6 +236,8 @@ def main(proof: Proof) -> None:
         ]
         if json_file is not None:
             json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        if proof.draw is not None and png_file is not None:
+            proof.draw(rows, png_file)
         Console(width=None).print(table(rows))
         if any(each["ok"] is False for each in rows):
             raise SystemExit(1)

@@ -29,6 +29,7 @@ MODULES = (
     "hints",
     "policy_cost",
     "index_cost",
+    "codecs",
 )
 """In the order of the promises; each is `python -m benchmarks.<name>`."""
 

@@ -52,7 +52,7 @@ class Bench:
         """So fast it has been of late."""
         for direction in ("put", "get"):
             for _ in range(200):
-                self.codec.moved(direction, MIB, MIB / bytes_per_s)  # type: ignore[arg-type]
+                self.codec.moved(direction, MIB, MIB / bytes_per_s)
 
     def used(self, blocks: Sequence[Block]) -> list[CodecId]:
         """What each block is encoded by."""
@@ -204,7 +204,12 @@ async def test_a_tier_reports_what_its_link_moves(rig: Rig, redis_url: str, code
         spaces = Spaces()
         tier_codec = TierCodec(name, codec, NO_LOSS, spaces, SystemClock(), rig.metrics)
         seen: list[tuple[str, int]] = []
-        tier_codec.moved = lambda way, size, seconds, seen=seen: seen.append((way, size))  # type: ignore[method-assign]
+
+        def moved(way: str, size: int, seconds: float, seen: list[tuple[str, int]] = seen) -> None:
+            assert seconds >= 0
+            seen.append((way, size))
+
+        tier_codec.moved = moved  # type: ignore[method-assign, assignment]
         tier = rig.redis(redis_url) if name == "redis" else await rig.disk()
         tier._codec = tier_codec
         block = block_with(kv_bytes(random.Random(1), 10_000))
