@@ -26,6 +26,7 @@ NODE_TESTS = (
     "serve_process", "proofs_service", "simulator", "policy_order", "policy_proofs",
     "replay_command", "replay_files", "replay_optimum", "plan", "calls", "digests",
     "shared_memory", "codecs", "codec_choice", "lossy", "tier_codec",
+    "codec_figures",
 )  # fmt: skip
 if any(importlib.util.find_spec(name) is None for name in NODE_NEEDS):
     collect_ignore = [f"test_{name}.py" for name in NODE_TESTS]

@@ -17,6 +17,7 @@ from kvstore.names import block_name
 from kvstore.record import decode_block, encode_block
 from kvstore.spaces import NAMESPACES, Spaces
 from kvstore.tier_codec import CHOICES, TierCodec
+from kvstore_client.status_command import CodecUse, codecs_of
 from tests.sim.blocks import keys_of, namespace_of
 from tests.sim.clock import ManualClock
 from tests.sim.nodes import Nodes, descriptor_of
@@ -270,3 +271,24 @@ async def test_by_default_a_node_loses_nothing(nodes: Nodes, rng: random.Random)
             assert [answer and answer.tier for answer in answers] == ["disk"] * 4
             assert [bytes(buffer) for buffer in buffers] == stored
         await nodes.stop(server)
+
+
+def test_status_says_which_codecs_are_used() -> None:
+    """From the node's counters, whatever order they come in."""
+    assert codecs_of({"kvstore_hints_total": 3.0}) == []
+    labels, other = '{tier="disk",codec="raw"}', '{tier="disk",codec="planes-zstd"}'
+    counters = {
+        f"kvstore_codec_out_bytes_total{other}": 1000.0,
+        f"kvstore_codec_blocks_total{labels}": 1.0,
+        f"kvstore_codec_blocks_total{other}": 2.0,
+        f"kvstore_codec_in_bytes_total{other}": 1500.0,
+        f"kvstore_codec_in_bytes_total{labels}": 7.0,
+        f"kvstore_codec_out_bytes_total{labels}": 7.0,
+    }
+    expected = [
+        CodecUse("disk", "planes-zstd", 2, 1500, 1000), CodecUse("disk", "raw", 1, 7, 7)
+    ]  # fmt: skip
+    assert codecs_of(counters) == expected
+    bench = Bench("raw")
+    bench.used([block_with(bytes(1000))])
+    assert codecs_of(bench.metrics.samples()) == [CodecUse("disk", "raw", 1, 1000, 1000)]
