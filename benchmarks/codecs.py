@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from benchmarks.slow_link import put_and_get_s
 from kvstore.api.tier import Block, BlockRef
 from kvstore.codec import AUTO, LOSSLESS, LOSSY, CodecId, decode, encode_as
 from kvstore.frames import entropy_coded
-from kvstore.lossy import pack
+from kvstore.lossy import DTYPES, WIDTHS, pack
 
 TEXT_TOKENS = 1024
 """Of each text, before the tokens that are compared."""
@@ -119,16 +118,6 @@ def speed_of(encode: Encode, blocks: Sequence[bytes]) -> Speed:
     return Speed(size / stored, size / encode_s / 1e9, size / decode_s / 1e9)
 
 
-def two_threads(encode: Encode, blocks: Sequence[bytes]) -> float:
-    """How many times as fast two threads are as one: 1 where the GIL is held."""
-    with ThreadPoolExecutor(2) as pool:
-        one_s = soonest_s(lambda: [encode(block) for block in [*blocks, *blocks]])
-        two_s = soonest_s(
-            lambda: list(pool.map(lambda part: [encode(block) for block in part], [blocks, blocks]))
-        )
-    return one_s / two_s
-
-
 def shuffled_zstd(item_bytes: int, blocks: Sequence[bytes]) -> int:
     """What byte shuffle and zstd-1 make of each block: the goal's measure."""
     return sum(
@@ -193,15 +182,24 @@ def auto_over_best(blocks: Sequence[bytes]) -> tuple[float, dict[str, dict[str, 
     return worst, table
 
 
-def details_of(
-    speeds: Mapping[str, Speed], blocks: Sequence[bytes], baseline: int
-) -> dict[str, Any]:
-    """What was measured without loss and with, for JSON and the picture."""
+def measured(dtype: str, blocks: Sequence[bytes], codecs: Mapping[str, CodecId]) -> dict[str, Any]:
+    """Each codec on blocks of one kind, beside byte shuffle and zstd-1, for JSON and the picture."""
+    item_bytes = WIDTHS[DTYPES.index(dtype)]
+    baseline = shuffled_zstd(item_bytes, blocks)
+    speeds: dict[str, Speed] = {}
+    for name, codec in codecs.items():
+        lossless = partial(without_loss, codec, item_bytes)
+        speeds[name] = speed_of(
+            lossless if name in LOSSLESS else partial(with_loss, codec, dtype), blocks
+        )
+    size = sum(map(len, blocks))
     return {
+        "dtype": dtype,
         "blocks": len(blocks),
         "block_bytes": len(blocks[0]),
         "codecs": {name: speed.as_dict() for name, speed in speeds.items()},
-        "byte_shuffle_zstd1_ratio": round(sum(map(len, blocks)) / baseline, 4),
+        "byte_shuffle_zstd1_ratio": round(size / baseline, 4),
+        "strong_over_shuffle": size / speeds["planes-zstd"].ratio / baseline,
     }
 
 
@@ -211,23 +209,17 @@ def run(setting: Setting) -> list[Finding]:
     kv = DemoKV("bfloat16", TEXT_TOKENS + CHUNK_TOKENS)
     texts = held_out_texts(setting.trials, TEXT_TOKENS + 1 + COMPARED_TOKENS)
     blocks = [block for text in texts for block in kv.blocks(text[:TEXT_TOKENS])]
-    encoders: dict[str, Encode] = {
-        name: partial(without_loss, codec, 2) for name, codec in LOSSLESS.items()
-    }
-    encoders |= {name: partial(with_loss, codec, "bfloat16") for name, codec in LOSSY.items()}
-    speeds = {name: speed_of(encode, blocks) for name, encode in encoders.items()}
-    baseline = shuffled_zstd(2, blocks)
-    strong = sum(map(len, blocks)) / speeds["planes-zstd"].ratio / baseline
-    lz4 = speeds["bitshuffle-lz4"]
-    threads = {
-        name: round(two_threads(encoders[name], blocks), 2) for name in encoders if name != "raw"
-    }
-    details = details_of(speeds, blocks, baseline) | {"two_threads_over_one": threads}
+    wide = DemoKV("float32", TEXT_TOKENS).blocks(texts[0][:TEXT_TOKENS])
+    own = measured("bfloat16", blocks, LOSSLESS | LOSSY)
+    large = measured("bfloat16", joined(blocks), LOSSLESS)
+    details = own | {"large": large, "float32": measured("float32", wide, LOSSLESS | LOSSY)}
+    strong = max(each["strong_over_shuffle"] for each in (own, large, details["float32"]))
+    lz4 = own["codecs"]["bitshuffle-lz4"]
     worst, table = auto_over_best(joined(blocks))
     findings = [
         Finding(round(strong, 3), strong <= STRONG_GOAL, details=details),
-        Finding(round(lz4.ratio, 3), lz4.ratio >= LZ4_GOAL),
-        Finding(round(lz4.encode_gb_per_s, 2), lz4.encode_gb_per_s >= LZ4_GOAL_GB_PER_S),
+        Finding(lz4["ratio"], lz4["ratio"] >= LZ4_GOAL),
+        Finding(lz4["encode_gb_per_s"], lz4["encode_gb_per_s"] >= LZ4_GOAL_GB_PER_S),
         Finding(round(worst, 2), worst <= AUTO_GOAL, details={"ms_per_block": table}),
     ]
     for codec in LOSSY.values():
@@ -252,6 +244,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         label = f"{name} (○ encode, △ decode)"
         left.plot([], [], "s", color=COLORS[name], label=label)
     left.set_xscale("log")
+    left.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    left.minorticks_off()
     left.set_xlabel("GB/s of one core, of blocks")
     left.set_ylabel("times smaller")
     left.set_title("Size and speed on the demo model's KV", loc="left")
@@ -278,7 +272,11 @@ PROOF = Proof(
     about="What each codec makes of the demo model's own KV: size, speed of one core, and what the "
     "lossy ones cost. Trials are texts of 1,024 tokens.",
     claims=(
-        Claim("planes-zstd: size over byte shuffle + zstd-1", "times", f"<= {STRONG_GOAL}"),
+        Claim(
+            "planes-zstd: size over byte shuffle + zstd-1, worst kind of block",
+            "times",
+            f"<= {STRONG_GOAL}",
+        ),
         Claim("bitshuffle-lz4: times smaller", "times", f">= {LZ4_GOAL}"),
         Claim("bitshuffle-lz4: encoding on one core", "GB/s", f">= {LZ4_GOAL_GB_PER_S}"),
         Claim("auto: store and load over the best codec", "times", f"<= {AUTO_GOAL}"),

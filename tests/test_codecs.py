@@ -1,6 +1,10 @@
 """Lossless codecs: what comes back is what was stored, and no length is believed."""
 
 import random
+import sys
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -94,6 +98,42 @@ def test_a_frame_that_claims_more_than_there_is_is_refused() -> None:
         frame[12:16] = size.to_bytes(4, "little")
         with pytest.raises(ValueError, match=f"a frame of {size} bytes lies in"):
             frame_bytes(memoryview(frame))
+
+
+def turns_beside(work: Callable[[], object]) -> int:
+    """How often this thread gets its turn while another one is in the midst of some work."""
+    begun, turns = threading.Event(), 0
+
+    def other() -> None:
+        begun.set()
+        work()
+
+    thread = threading.Thread(target=other)
+    interval_s = sys.getswitchinterval()
+    # Only a thread that lets go by itself lets this one run.
+    sys.setswitchinterval(60)
+    try:
+        thread.start()
+        begun.wait()
+        while thread.is_alive():
+            turns += 1
+            time.sleep(0)
+    finally:
+        sys.setswitchinterval(interval_s)
+    thread.join()
+    return turns
+
+
+@pytest.mark.parametrize("codec", GAINING)
+def test_other_threads_run_while_a_codec_works(codec: CodecId, rng: random.Random) -> None:
+    """The event loop must not stand still: neither encoding nor decoding keeps the GIL."""
+    data = compressible(rng, 1 << 18, 2) * 64
+    block = block_of_data(data)
+    payload = memoryview(encode_as(codec, block, 2).payload)
+    into = memoryview(bytearray(len(data)))
+    assert turns_beside(lambda: encode_as(codec, block, 2)) > 20
+    assert turns_beside(lambda: decode(codec, payload, into)) > 20
+    assert turns_beside(lambda: data.translate(bytes(256))) <= 20, "that keeps it"
 
 
 @pytest.mark.parametrize("codec", list(CodecId))
