@@ -183,7 +183,7 @@ def auto_over_best(blocks: Sequence[bytes]) -> tuple[float, dict[str, dict[str, 
 
 
 def measured(dtype: str, blocks: Sequence[bytes], codecs: Mapping[str, CodecId]) -> dict[str, Any]:
-    """Each codec on blocks of one kind, beside byte shuffle and zstd-1, for JSON and the picture."""
+    """Each codec on blocks of one kind, beside byte shuffle and zstd-1, for JSON."""
     item_bytes = WIDTHS[DTYPES.index(dtype)]
     baseline = shuffled_zstd(item_bytes, blocks)
     speeds: dict[str, Speed] = {}
@@ -273,7 +273,7 @@ PROOF = Proof(
     "lossy ones cost. Trials are texts of 1,024 tokens.",
     claims=(
         Claim(
-            "planes-zstd: size over byte shuffle + zstd-1, worst kind of block",
+            "planes-zstd: size over byte shuffle + zstd-1",
             "times",
             f"<= {STRONG_GOAL}",
         ),
