@@ -151,6 +151,9 @@ def test_a_dtype_says_how_wide_values_are(dtype: str, item_bytes: int, floats: s
     zeros = block_with(bytes(6000))
     assert (bench.codec.encode(zeros).codec is CodecId.INT8) == bool(floats)
     assert not floats or space.dtype == floats
+    planes = Bench("planes-zstd", dtype=dtype).codec.encode(zeros)
+    assert planes.codec is CodecId.PLANES_ZSTD
+    assert planes.payload[0] == item_bytes
 
 
 @pytest.mark.parametrize("lossy", ["fp8", "int8"])
