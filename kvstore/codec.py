@@ -32,11 +32,11 @@ class CodecId(IntEnum):
 
 
 class Encoded(NamedTuple):
-    """The payload to store, and how to decode it. `payload` is the block's data itself where
-    nothing is gained."""
+    """What to store of a block, and how it is decoded."""
 
     codec: CodecId
     payload: memoryview | bytes
+    """The block's data itself where nothing is gained."""
     digest: bytes
     """Of what decoding gives: the writer's own, unless the codec is lossy."""
 

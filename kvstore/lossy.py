@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.codec import CodecId
+from kvstore.codec import LEAST_BYTES, CodecId
 from kvstore.frames import entropy_coded, expand, frame_bytes
 
 GROUP = 64
@@ -51,7 +51,7 @@ def pack(codec: CodecId, data: memoryview, dtype: str) -> tuple[bytes, bytes] | 
     kind = DTYPES.index(dtype)
     count = len(data) // WIDTHS[kind]
     values = _widened(data, kind, count)
-    if not np.isfinite(values).all():
+    if len(data) < LEAST_BYTES or not np.isfinite(values).all():
         return None
     quantise, restore, bound = _SCHEMES[codec]
     with np.errstate(all="ignore"):

@@ -157,6 +157,20 @@ def test_a_dtype_says_how_wide_values_are(dtype: str, item_bytes: int, floats: s
 
 
 @pytest.mark.parametrize("lossy", ["fp8", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_blocks_of_any_size_are_taken(lossy: str, dtype: str, rng: random.Random) -> None:
+    """Also those in which there is not one value; what is stored is never longer."""
+    bench = Bench(AUTO, lossy, dtype)
+    for size in range(1, 300):
+        block = block_with(bytes(size - size // 2) + rng.randbytes(1) * (size // 2))
+        header, payload = encode_block(block, bench.codec, now_s=0)
+        assert len(payload) <= size
+        into = bytearray(size)
+        digest = decode_block(header, block_name(block.ref), memoryview(payload), memoryview(into))
+        assert digest == block_digest(SPACE_ID, block.ref.key, bytes(into))
+
+
+@pytest.mark.parametrize("lossy", ["fp8", "int8"])
 def test_a_lossy_block_comes_back_with_a_digest_of_its_own(lossy: str, rng: random.Random) -> None:
     """The reader's check holds for the bytes that he gets, and would not for others."""
     bench, block = Bench("auto", lossy), block_with(kv_bytes(rng))
