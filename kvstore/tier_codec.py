@@ -21,11 +21,12 @@ from kvstore.codec import (
     encode_as,
 )
 from kvstore.codec_choice import Choice, Link, Trial
+from kvstore.files import PAGE_BYTES
 from kvstore.metrics import Metrics
 from kvstore.spaces import Space, Spaces
 
-SAMPLE_BYTES = 1 << 20
-"""So much of a block is tried at most."""
+SAMPLE_BYTES, SAMPLE_PIECES = 1 << 20, 4
+"""So much of a block is tried at most, from so many places: layers, keys and values differ."""
 LEAST_MOVED_BYTES = 1 << 14
 """Less says how long a request takes, not how fast bytes go."""
 CHOICES = 4096
@@ -118,7 +119,7 @@ class TierCodec:
 
     def _try(self, block: Block, item_bytes: int) -> list[Trial]:
         """Every lossless codec on one block. The lesser of two times: others run beside it."""
-        sample = block._replace(data=block.data[:SAMPLE_BYTES])
+        sample = block._replace(data=_sample(block.data))
         self._metrics.codec_trials.labels(self._tier).inc()
         return [self._try_one(codec, sample, item_bytes) for codec in LOSSLESS.values()]
 
@@ -133,3 +134,12 @@ class TierCodec:
             encode_s.append((done - started) / size)
             decode_s.append((now() - done) / size)
         return Trial(codec, len(encoded.payload) / size, min(encode_s), min(decode_s))
+
+
+def _sample(data: memoryview) -> memoryview:
+    """The block, or pieces of it that lie evenly spread."""
+    if len(data) <= SAMPLE_BYTES:
+        return data
+    size = SAMPLE_BYTES // SAMPLE_PIECES
+    step = (len(data) - size) // (SAMPLE_PIECES - 1) // PAGE_BYTES * PAGE_BYTES
+    return memoryview(b"".join(data[at * step :][:size] for at in range(SAMPLE_PIECES)))

@@ -16,7 +16,7 @@ from kvstore.metrics import Metrics
 from kvstore.names import block_name
 from kvstore.record import decode_block, encode_block
 from kvstore.spaces import NAMESPACES, Spaces
-from kvstore.tier_codec import CHOICES, TierCodec
+from kvstore.tier_codec import CHOICES, SAMPLE_BYTES, TierCodec, _sample
 from kvstore_client.status_command import CodecUse, codecs_of
 from tests.sim.blocks import keys_of, namespace_of
 from tests.sim.clock import ManualClock
@@ -99,6 +99,20 @@ def test_trials_are_bounded(rng: random.Random) -> None:
     bench.clock._now_s += TRIAL_PERIOD_S
     bench.used([block] * 10 * TRIAL_BLOCKS)
     assert bench.counted("codec_trials") == FIRST_TRIALS + 1
+
+
+def test_a_large_block_is_tried_in_parts_of_all_of_it(rng: random.Random) -> None:
+    """One that only begins like KV is seen to be noise for the most; a trial takes a part of it."""
+    head = kv_bytes(rng, SAMPLE_BYTES // 2)
+    block = block_with(head + rng.randbytes(8 * SAMPLE_BYTES))
+    stored = {trial.codec: trial.stored for trial in Bench().codec._try(block, 2)}
+    assert 0.85 < stored[CodecId.PLANES_ZSTD] < 0.95
+    stored = {trial.codec: trial.stored for trial in Bench().codec._try(block_with(head), 2)}
+    assert stored[CodecId.PLANES_ZSTD] < 0.75
+    assert len(_sample(block.data)) == SAMPLE_BYTES
+    assert _sample(block.data)[-100:] != block.data[SAMPLE_BYTES - 100 : SAMPLE_BYTES]
+    for size in (1, SAMPLE_BYTES - 1, SAMPLE_BYTES, SAMPLE_BYTES + 1, SAMPLE_BYTES + 5000):
+        assert len(_sample(memoryview(bytes(size)))) == min(size, SAMPLE_BYTES)
 
 
 def test_what_is_used_is_counted(rng: random.Random) -> None:
