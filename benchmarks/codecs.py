@@ -25,7 +25,7 @@ REPEATS = 5
 STRONG_GOAL, LZ4_GOAL, LZ4_GOAL_GB_PER_S = 1.02, 1.15, 0.8
 LOSS_GOAL, AUTO_GOAL = 0.02, 1.25
 LINKS = {"25 MB/s": 25e6, "250 MB/s": 250e6, "memory": 0.0}
-LINK_BLOCKS, JOINED_BLOCKS, TURNS = 8, 16, 2
+LINK_BLOCKS, JOINED_BLOCKS, TURNS = 12, 16, 3
 """Behind links blocks of a model with more layers are moved: so many of the demo's together."""
 COLORS = dict(zip([*LOSSLESS, *LOSSY, AUTO], ("0.6", "C0", "C2", "C1", "C3", "C4"), strict=True))
 
@@ -172,7 +172,7 @@ def auto_over_best(blocks: Sequence[bytes]) -> tuple[float, dict[str, dict[str, 
         # In turns, so that what others do meanwhile meets all of them.
         for _ in range(TURNS):
             for name in seconds:
-                took_s, _ = asyncio.run(put_and_get_s(name, blocks, bytes_per_s))
+                took_s = asyncio.run(put_and_get_s(name, blocks, bytes_per_s))
                 seconds[name] = min(seconds[name], took_s)
         table[link] = {name: round(1e3 * s / len(blocks), 3) for name, s in seconds.items()}
     worst = max(
