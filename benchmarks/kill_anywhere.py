@@ -24,6 +24,7 @@ from benchmarks.quiet import quiet
 from benchmarks.tally import Tally
 from kvstore.api.errors import KvstoreError
 from kvstore.api.tier import BlockRef
+from kvstore.codec import AUTO, LOSSLESS
 from kvstore.names import block_name, namespace
 from kvstore.tenants import LOCAL_TENANT, PRIVATE_SCOPE
 from kvstore_client import AsyncClient, Space
@@ -37,7 +38,7 @@ LIVES = 8
 LOAD_S = (0.05, 0.6)
 AMPLE_BYTES = 64 << 20
 SEALED_GOAL = 0.999
-SHUFFLE = ("raw", "bitshuffle-lz4")
+SHUFFLE = (AUTO, *LOSSLESS)
 
 
 def run(setting: Setting) -> Sequence[Finding]:

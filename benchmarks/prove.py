@@ -31,6 +31,7 @@ MODULES = (
     "index_cost",
     "spill_while_generating",
     "restore_curve",
+    "codecs",
 )
 """In the order of the promises; each is `python -m benchmarks.<name>`."""
 

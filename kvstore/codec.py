@@ -4,11 +4,21 @@ A codec sees one block's bytes. What it wrote is decoded only after the digest o
 was verified: the decoder itself is not trusted with damaged input.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Protocol
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
+
+from kvstore.api.tier import Block
 
 ITEM_BYTES = 2
-"""Shuffling works on items of this size: bf16 and fp16, which nearly all KV is kept in."""
+"""How wide the values of a block are taken to be where nobody says it: bf16 and fp16, which nearly
+all KV is kept in."""
+
+LEAST_BYTES = 64
+"""Nothing is gained on less."""
+
+Direction = Literal["put", "get"]
 
 
 class CodecId(IntEnum):
@@ -16,55 +26,89 @@ class CodecId(IntEnum):
 
     RAW = 0
     BITSHUFFLE_LZ4 = 1
+    PLANES_ZSTD = 2
+    FP8 = 3
+    INT8 = 4
+
+
+class Encoded(NamedTuple):
+    """What to store of a block, and how it is decoded."""
+
+    codec: CodecId
+    payload: memoryview | bytes
+    """The block's data itself where nothing is gained."""
+    digest: bytes
+    """Of what decoding gives: the writer's own, unless the codec is lossy."""
 
 
 class Codec(Protocol):
-    """Encodes blocks for a slower tier."""
+    """Encodes blocks for a slower tier. Called by several threads at once."""
 
-    def encode(self, data: memoryview) -> tuple[CodecId, memoryview | bytes]:
-        """The payload to store, and how to decode it. `data` itself where nothing is gained."""
+    def encode(self, block: Block) -> Encoded:
+        """What to store of a block."""
+
+    def moved(self, direction: Direction, size_bytes: int, seconds: float) -> None:
+        """Stored bytes went to the tier or came from it in so many seconds: its link's speed."""
 
 
-class Raw:
+class Lossless:
+    """The codec of this id, always. A block that does not get smaller is stored as it is."""
+
+    def __init__(self, codec: CodecId, item_bytes: int = ITEM_BYTES) -> None:
+        self._codec = codec
+        self._item_bytes = item_bytes
+
+    def encode(self, block: Block) -> Encoded:
+        return encode_as(self._codec, block, self._item_bytes)
+
+    def moved(self, direction: Direction, size_bytes: int, seconds: float) -> None:
+        return
+
+
+class Raw(Lossless):
     """Stores blocks as they are."""
 
-    def encode(self, data: memoryview) -> tuple[CodecId, memoryview | bytes]:
-        return CodecId.RAW, data
-
-
-class BitshuffleLz4:
-    """Groups the bits of equal weight, then LZ4 (Blosc's framing; works outside the GIL).
-
-    bf16 KV is nearly incompressible byte by byte; its exponent bits are not.
-    """
-
     def __init__(self) -> None:
-        from numcodecs import blosc
-
-        blosc.use_threads = False
-        self._blosc = blosc
-
-    def encode(self, data: memoryview) -> tuple[CodecId, memoryview | bytes]:
-        packed: bytes = self._blosc.compress(data, b"lz4", 5, self._blosc.BITSHUFFLE, 0, ITEM_BYTES)
-        if len(packed) >= len(data):
-            return CodecId.RAW, data
-        return CodecId.BITSHUFFLE_LZ4, packed
+        super().__init__(CodecId.RAW)
 
 
-CODECS: dict[str, type[Raw] | type[BitshuffleLz4]] = {
-    "raw": Raw,
-    "bitshuffle-lz4": BitshuffleLz4,
+LOSSLESS = {
+    "raw": CodecId.RAW,
+    "bitshuffle-lz4": CodecId.BITSHUFFLE_LZ4,
+    "planes-zstd": CodecId.PLANES_ZSTD,
 }
+LOSSY = {"fp8": CodecId.FP8, "int8": CodecId.INT8}
+AUTO, NO_LOSS = "auto", "none"
+"""In settings: measure which one, and no lossy one."""
+NAMES = {codec: name for name, codec in (LOSSLESS | LOSSY).items()}
+"""What each codec is called in settings and metrics."""
+
+CODECS: dict[str, Callable[[], Codec]] = {
+    name: partial(Lossless, codec) for name, codec in LOSSLESS.items()
+}
+
+
+def encode_as(codec: CodecId, block: Block, item_bytes: int) -> Encoded:
+    """A block by one of the lossless codecs, or as it is where that makes it no smaller."""
+    if codec is not CodecId.RAW and len(block.data) >= LEAST_BYTES:
+        # Loaded late: who only names codecs, as a settings file does, needs none of the libraries.
+        from kvstore import lossless
+
+        packed = lossless.PACK[codec](block.data, item_bytes)
+        if len(packed) < len(block.data):
+            return Encoded(codec, packed, block.digest)
+    return Encoded(CodecId.RAW, block.data, block.digest)
 
 
 def decode(codec: CodecId, payload: memoryview, into: memoryview) -> None:
     """Fills `into` exactly from a payload whose digest was verified; ValueError if it cannot."""
     if codec is CodecId.RAW:
         into[:] = payload
-        return
-    from numcodecs import blosc
+    elif codec in LOSSLESS.values():
+        from kvstore import lossless
 
-    declared = int.from_bytes(payload[4:8], "little")
-    if declared != len(into):
-        raise ValueError(f"payload decodes to {declared} bytes, the block has {len(into)}")
-    blosc.decompress(payload, into)
+        lossless.UNPACK[codec](payload, into)
+    else:
+        from kvstore import lossy
+
+        lossy.unpack(codec, payload, into)

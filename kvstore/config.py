@@ -24,17 +24,34 @@ from pydantic.fields import FieldInfo
 
 from kvstore.api.errors import ConfigError
 from kvstore.api.wire import MESSAGE_BYTES
-from kvstore.codec import CODECS
+from kvstore.codec import AUTO, LOSSLESS, LOSSY, NO_LOSS
 from kvstore.policy.policies import DEFAULT, POLICIES
 from kvstore.tiers.segment_log import LEAST_SEGMENTS
 
 _MIB = 1 << 20
 _GIB = 1 << 30
 
+CODEC_NAMES = (AUTO, *LOSSLESS)
+LOSSY_NAMES = (NO_LOSS, *LOSSY)
+_CODEC = (
+    f"lossless: one of {', '.join(CODEC_NAMES)}; auto measures them on each space's own blocks and "
+    "takes the one that stores and loads soonest"
+)
+_LOSSY = (
+    f"one of {', '.join(LOSSY_NAMES)}; the others are for spaces of bf16, fp16 and fp32: what "
+    "comes back differs from what was stored, by a known bound (docs/format.md)"
+)
+
 
 def _codec_name(name: str) -> str:
-    if name not in CODECS:
-        raise ValueError(f"must be one of {', '.join(CODECS)}")
+    if name not in CODEC_NAMES:
+        raise ValueError(f"must be one of {', '.join(CODEC_NAMES)}")
+    return name
+
+
+def _lossy_name(name: str) -> str:
+    if name not in LOSSY_NAMES:
+        raise ValueError(f"must be one of {', '.join(LOSSY_NAMES)}")
     return name
 
 
@@ -52,6 +69,7 @@ def _policy_name(name: str) -> str:
 
 
 Codec = Annotated[str, AfterValidator(_codec_name)]
+Lossy = Annotated[str, AfterValidator(_lossy_name)]
 PolicyName = Annotated[str, AfterValidator(_policy_name)]
 Listen = Annotated[str, AfterValidator(_host_and_port)]
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -185,7 +203,8 @@ class RedisSettings(_Section):
     ttl_s: int = Field(86400, ge=1, description="a block expires so long after its last store")
     lookup_timeout_s: float = Field(0.05, gt=0, le=60, description="later answers are misses")
     timeout_s: float = Field(1.0, gt=0, le=60, description="for a batch of blocks")
-    codec: Codec = Field("bitshuffle-lz4", description=f"one of {', '.join(CODECS)}")
+    codec: Codec = Field(AUTO, description=_CODEC)
+    lossy: Lossy = Field(NO_LOSS, description=_LOSSY)
 
 
 class DiskSettings(_Section):
@@ -207,7 +226,8 @@ class DiskSettings(_Section):
         ByteSize(64 * _MIB), ge=65536, description="a scrub of the running node reads no faster"
     )
     direct_io: bool = Field(True, description="past the page cache, where the file system can")
-    codec: Codec = Field("bitshuffle-lz4", description=f"one of {', '.join(CODECS)}")
+    codec: Codec = Field(AUTO, description=_CODEC)
+    lossy: Lossy = Field(NO_LOSS, description=_LOSSY)
 
     @model_validator(mode="after")
     def _fits(self) -> "DiskSettings":

@@ -79,6 +79,31 @@ class Metrics:
         self.disk_forwarded_bytes = self._counter(
             "disk_forwarded_bytes", "Bytes written again so that hot blocks outlive their segment."
         )
+        self.codec_blocks = self._counter(
+            "codec_blocks",
+            "Blocks encoded for a tier, by the codec that was used.",
+            "tier",
+            "codec",
+        )
+        self.codec_in_bytes = self._counter(
+            "codec_in_bytes", "Bytes of those blocks before.", "tier", "codec"
+        )
+        self.codec_out_bytes = self._counter(
+            "codec_out_bytes", "Bytes of those blocks as stored.", "tier", "codec"
+        )
+        self.codec_kept_exact = self._counter(
+            "codec_kept_exact", "Blocks stored without loss: they would miss the bound.", "tier"
+        )
+        self.codec_trials = self._counter(
+            "codec_trials", "Blocks on which all lossless codecs were measured.", "tier"
+        )
+        self.codec_changes = self._counter(
+            "codec_changes", "Spaces that went over to a codec.", "tier", "codec"
+        )
+        self.link_bytes_per_s = self._gauge(
+            "link_bytes_per_second", "Speed of a tier's link as stored bytes moved lately.",
+            "tier", "direction",
+        )  # fmt: skip
         self.matched_blocks = self._counter("matched_blocks", "Blocks that Match found.")
         self.asked_blocks = self._counter("asked_blocks", "Blocks that Match was asked for.")
         self.hints = self._counter("hints", "Reuse hints received.", "reuse")

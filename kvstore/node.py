@@ -28,6 +28,7 @@ from kvstore.offer import Offer
 from kvstore.policy.deferred import MOST_STEPS
 from kvstore.policy.policy import Use
 from kvstore.reading import Delivered, Reading, always
+from kvstore.spaces import NAMESPACES, Spaces
 from kvstore.tenants import PRIVATE_SCOPE, Tenant, check_scope
 from kvstore.tiers.disk import DiskTier, Scrubbed
 from kvstore.tiers.tiered import Tiered
@@ -36,8 +37,6 @@ _log = logging.getLogger("kvstore.node")
 
 MAX_SPACES = 4096
 """So many are open; the next one takes the place of that which was used the longest ago."""
-NAMESPACES = 16_384
-"""So many names of tenant, scope and space are kept at hand; the others are computed again."""
 EXPIRY_PERIOD_S = 0.5
 SETTLE_PERIOD_S = 0.001
 """The policy hears of a request after so long, and then of another one."""
@@ -67,6 +66,7 @@ class Node:
         clock: Clock,
         metrics: Metrics,
         slow_is_full: Callable[[int], bool] = lambda size: False,
+        known: Spaces | None = None,
     ) -> None:
         self.node_id = node_id
         self.tiers = tiers
@@ -85,6 +85,8 @@ class Node:
         self._settling: asyncio.TimerHandle | None = None
         # Bounded: a scope is any name that a caller thinks of.
         self._namespace = lru_cache(NAMESPACES)(partial(namespace, secret))
+        self._known = known or Spaces()
+        """For the codecs of the slower tiers."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._granting = Granting(tiers, leases, self._keep)
         metrics.follow(tiers.usage, lambda: (len(leases), leases.leased_bytes))
@@ -125,9 +127,12 @@ class Node:
 
     def _names(self, tenant: Tenant, scopes: Sequence[str], space_id: bytes) -> list[bytes]:
         """The namespaces of a space in these scopes, or in the private one."""
-        self.space(space_id)
+        dtype = self.space(space_id).dtype
         scopes = scopes or (PRIVATE_SCOPE,)
-        return [self._namespace(tenant.name, check_scope(scope), space_id) for scope in scopes]
+        names = [self._namespace(tenant.name, check_scope(scope), space_id) for scope in scopes]
+        for name in names:
+            self._known.learn(name, space_id, dtype)
+        return names
 
     # Match and Release.
 

@@ -110,7 +110,7 @@ def encode_block(
     block: Block, codec: Codec, *, now_s: float, ttl_s: int = 0
 ) -> tuple[Header, memoryview | bytes]:
     """The record of a block: header and payload (`block.data` itself where nothing is gained)."""
-    codec_id, payload = codec.encode(block.data)
+    codec_id, payload, digest = codec.encode(block)
     header = Header(
         codec=codec_id,
         block_bytes=len(block.data),
@@ -120,14 +120,16 @@ def encode_block(
         tag=namespace_tag(block.ref.namespace),
         name=block_name(block.ref),
         parent=block_name(block.parent) if block.parent is not None else None,
-        digest=block.digest,
+        digest=digest,
         payload_digest=xxhash.xxh3_128_digest(payload),
     )
     return header, payload
 
 
 def decode_block(header: Header, name: bytes, payload: memoryview, into: memoryview) -> bytes:
-    """Fills `into` with the block called `name` and returns its writer's digest.
+    """Fills `into` with the block called `name` and returns the digest of what was written.
+
+    That is its writer's; of a lossy codec, the digest that the encoder gave what this decodes.
 
     Raises `Damaged` if the record is another block's, of another length, or not as written.
     """

@@ -28,7 +28,7 @@ from kvstore.api.v1 import kvstore_pb2
 from kvstore.api.v1.kvstore_pb2 import AttachReply
 from kvstore.attachment import Room
 from kvstore.calls import Calls
-from kvstore.codec import CODECS
+from kvstore.codec import NO_LOSS
 from kvstore.config import (
     DATA_HOME,
     ClusterSettings,
@@ -49,7 +49,9 @@ from kvstore.node import Node
 from kvstore.policy.policies import make_policy
 from kvstore.runner import Runner, ThreadRunner
 from kvstore.servicer import Servicer, serve
+from kvstore.spaces import Spaces
 from kvstore.tenants import Tenants
+from kvstore.tier_codec import TierCodec
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.guarded import Guarded
@@ -129,10 +131,11 @@ class NodeServer:
         digester = ThreadRunner(DIGEST_THREADS)
         let_go: list[Callable[[], None]] = []
         guards: list[Guarded] = []
+        spaces = Spaces()
         memory = _memory(settings.memory, clock)
         try:
             slow, disk = await _slow_tiers(
-                settings, runner, clock, metrics, events, let_go, guards, wrap
+                settings, runner, clock, metrics, events, spaces, let_go, guards, wrap
             )
         except BaseException:
             await memory.close()
@@ -152,6 +155,7 @@ class NodeServer:
             clock=clock,
             metrics=metrics,
             slow_is_full=lambda size: bool(guards) and all(guard.full(size) for guard in guards),
+            known=spaces,
         )
         node.disk = disk
         calls = _calls(settings, tenants, clock, metrics)
@@ -291,6 +295,7 @@ async def _slow_tiers(
     clock: Clock,
     metrics: Metrics,
     events: Events,
+    spaces: Spaces,
     let_go: list[Callable[[], None]],
     guards: list[Guarded],
     wrap: Callable[[Tier], Tier],
@@ -300,13 +305,13 @@ async def _slow_tiers(
     disk: Guarded | None = None
     tier = None
     if settings.redis.blocks_url:
-        shared = _redis_tier(settings.redis, runner, clock, metrics)
+        shared = _redis_tier(settings.redis, runner, clock, metrics, spaces)
         redis = _guarded(wrap(shared), settings.redis, clock, metrics)
         guards.append(redis)
     if settings.disk.enabled:
         files = DirectoryFiles(settings.disk.path, direct=settings.disk.direct_io)
         let_go.append(files.shut)
-        tier = await _disk_tier(settings.disk, files, runner, clock, metrics, events)
+        tier = await _disk_tier(settings.disk, files, runner, clock, metrics, events, spaces)
         disk = _guarded(wrap(tier), settings.disk, clock, metrics)
         guards.append(disk)
     if redis is not None and disk is not None:
@@ -331,11 +336,13 @@ def _guarded(
     )
 
 
-def _redis_tier(settings: RedisSettings, runner: Runner, clock: Clock, metrics: Metrics) -> Tier:
+def _redis_tier(
+    settings: RedisSettings, runner: Runner, clock: Clock, metrics: Metrics, spaces: Spaces
+) -> Tier:
     assert settings.blocks_url
     return RedisTier(
         _redis(settings.blocks_url, settings.timeout_s),
-        CODECS[settings.codec](),
+        _codec(RedisTier.name, settings, spaces, clock, metrics),
         runner,
         clock,
         metrics,
@@ -345,6 +352,21 @@ def _redis_tier(settings: RedisSettings, runner: Runner, clock: Clock, metrics: 
     )
 
 
+def _codec(
+    tier: str,
+    settings: RedisSettings | DiskSettings,
+    spaces: Spaces,
+    clock: Clock,
+    metrics: Metrics,
+) -> TierCodec:
+    if settings.lossy != NO_LOSS:
+        _log.warning(
+            "%s.lossy: blocks of floating-point values come back from %s as %s, not as stored",
+            tier, tier, settings.lossy,
+        )  # fmt: skip
+    return TierCodec(tier, settings.codec, settings.lossy, spaces, clock, metrics)
+
+
 async def _disk_tier(
     settings: DiskSettings,
     files: DirectoryFiles,
@@ -352,11 +374,12 @@ async def _disk_tier(
     clock: Clock,
     metrics: Metrics,
     events: Events,
+    spaces: Spaces,
 ) -> DiskTier:
     _allow_open_files(settings)
     opening = DiskTier.open(
         files,
-        CODECS[settings.codec](),
+        _codec(DiskTier.name, settings, spaces, clock, metrics),
         runner,
         clock,
         metrics,

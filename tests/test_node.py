@@ -17,14 +17,9 @@ from kvstore.api.tier import BlockRef
 from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
 from kvstore.leases import Lease, LeaseTable, Share
 from kvstore.matching import longest_match, needed
-from kvstore.node import (
-    EXPIRY_PERIOD_S,
-    MAX_SPACES,
-    NAMESPACES,
-    Matched,
-    Node,
-)
+from kvstore.node import EXPIRY_PERIOD_S, MAX_SPACES, Matched, Node
 from kvstore.policy.policy import Use
+from kvstore.spaces import NAMESPACES
 from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.slabs import PAGE_BYTES

@@ -18,6 +18,7 @@ from benchmarks.harm.segment_image import (
 )
 from benchmarks.tally import Tally
 from kvstore.api.tier import Block
+from kvstore.codec import LOSSLESS
 from kvstore.files import DirectoryFiles
 from kvstore.names import block_name
 from kvstore.tiers.disk import DiskTier
@@ -65,7 +66,7 @@ class DiskHarm:
     async def trials(self, rng: random.Random, note: str, tally: Tally) -> None:
         """One directory with harm to a few of its records, or to one of its segments."""
         if not self._images:
-            self._images = [await self._image(codec) for codec in ("raw", "bitshuffle-lz4")]
+            self._images = [await self._image(codec) for codec in LOSSLESS]
             self._images += [_without_footers(image) for image in self._images]
         image = rng.choice(self._images).copy()
         chance = rng.random()

@@ -22,9 +22,9 @@ class RecordHarm:
 
     def __init__(self) -> None:
         self._records: list[tuple[Block, bytes]] = []
-        for codec in CODECS.values():
+        for name, codec in CODECS.items():
             for size in SIZES:
-                for key in keys_of(f"record {codec.__name__} {size}", 3):
+                for key in keys_of(f"record {name} {size}", 3):
                     block = block_of(BlockRef(NAMESPACE, key), None, size)
                     header, payload = encode_block(block, codec(), now_s=1_700_000_000)
                     self._records.append((block, header.pack() + bytes(payload)))

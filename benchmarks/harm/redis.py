@@ -9,6 +9,7 @@ import redis
 from benchmarks.harm.mutants import RecordMutations, cut
 from benchmarks.tally import Tally
 from kvstore.api.tier import Block
+from kvstore.codec import LOSSLESS
 from kvstore.tiers.redis import RedisTier
 from kvstore_workers.redis_server import RedisServer
 from tests.sim.blocks import buffers_for, chain_of, namespace_of
@@ -42,7 +43,7 @@ class RedisHarm:
     async def trials(self, rng: random.Random, note: str, tally: Tally) -> None:
         """One batch of blocks with harm to all but a few."""
         if not self._golden:
-            self._golden = [await self._values(codec) for codec in ("raw", "bitshuffle-lz4")]
+            self._golden = [await self._values(codec) for codec in LOSSLESS]
         golden = rng.choice(self._golden)
         values = [dict(value) for value in golden]
         kinds: dict[int, str] = {}

@@ -1,7 +1,10 @@
 """`kvstore status`: what a node is and how full its tiers are."""
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from google.protobuf.json_format import MessageToDict
@@ -13,6 +16,9 @@ from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.endpoint_options import ask, endpoint_options
 
 _STEP = 1024
+_CODEC_BLOCKS = re.compile(
+    r'kvstore_codec_blocks_total(?P<labels>\{tier="(?P<tier>[^"]*)",codec="(?P<codec>[^"]*)"\})'
+)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -38,6 +44,8 @@ def status(endpoint: str, token_file: Path | None, as_json: bool, health: bool) 
     console = Console()
     console.print(_summary(endpoint, reply))
     console.print(_tiers(reply))
+    if codecs := codecs_of(reply.counters):
+        console.print(_codecs(codecs))
     if reply.nodes:
         console.print(_nodes(reply))
 
@@ -98,6 +106,40 @@ def _tiers(reply: pb.StatusReply) -> Table:
             str(tier.blocks),
             "yes" if tier.serving else "no",
         )
+    return table
+
+
+class CodecUse(NamedTuple):
+    """What one codec has done for one tier since the node's start."""
+
+    tier: str
+    codec: str
+    blocks: int
+    block_bytes: int
+    stored_bytes: int
+
+
+def codecs_of(counters: Mapping[str, float]) -> list[CodecUse]:
+    """The codecs that were used, by tier."""
+    used: list[CodecUse] = []
+    for name, blocks in counters.items():
+        if match := _CODEC_BLOCKS.fullmatch(name):
+            before, after = (
+                int(counters.get(f"kvstore_codec_{way}_bytes_total{match['labels']}", 0))
+                for way in ("in", "out")
+            )
+            used.append(CodecUse(match["tier"], match["codec"], int(blocks), before, after))
+    return sorted(used)
+
+
+def _codecs(used: Sequence[CodecUse]) -> Table:
+    table = Table("tier", "codec", title="Codecs, since its start", title_justify="left")
+    for name in ("blocks", "bytes", "stored", "times smaller"):
+        table.add_column(name, justify="right")
+    for each in used:
+        before, after = size_text(each.block_bytes), size_text(each.stored_bytes)
+        smaller = f"{each.block_bytes / each.stored_bytes:.2f}" if each.stored_bytes else ""
+        table.add_row(each.tier, each.codec, str(each.blocks), before, after, smaller)
     return table
 
 

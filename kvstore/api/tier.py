@@ -44,7 +44,10 @@ class Load(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A block that was delivered: from which tier, and with which digest it was written."""
+    """A block that was delivered: from which tier, and with which digest it was written.
+
+    That is its writer's, or that of a tier which the operator allowed to be lossy.
+    """
 
     tier: str
     digest: bytes

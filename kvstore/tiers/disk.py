@@ -310,8 +310,10 @@ class DiskTier:
 
         def read() -> bytes:
             with self._staging.lent(size) as pages:
+                started = self._clock.monotonic_s()
                 if self._segments.read_into(segment_id, pages, offset) < payload_end:
                     raise Damaged("record: its segment ends before it")
+                self._codec.moved("get", size, self._clock.monotonic_s() - started)
                 return judge(Header.unpack(pages[:HEADER_BYTES]), pages[PAGE_BYTES:payload_end])
 
         try:
@@ -458,7 +460,9 @@ class DiskTier:
 
     def _write_one(self, place: Placed, record: Staged) -> None:
         record.loan.view[:PAGE_BYTES] = pack_header_page(place.header)
+        started = self._clock.monotonic_s()
         self._segments.write(place, record.loan.view)
+        self._codec.moved("put", len(record.loan.view), self._clock.monotonic_s() - started)
 
     async def _forget(self, headers: Sequence[Header]) -> None:
         """Writes forget records, each twice, and waits until the device has them.

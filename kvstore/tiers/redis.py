@@ -109,6 +109,7 @@ class RedisTier:
         room = await self._room_bytes()
         pipeline = self._redis.pipeline(transaction=False)
         taken: list[bool] = []
+        stored_bytes = 0
         for block in blocks:
             now_s = self._clock.wall_s()
             header, payload = await self._runner.run(
@@ -117,11 +118,14 @@ class RedisTier:
             room -= HEADER_BYTES + len(payload)
             taken.append(room >= 0)
             if room >= 0:
+                stored_bytes += HEADER_BYTES + len(payload)
                 # The first part last: who finds it shall find the others as well.
                 for part, value in reversed(list(enumerate(self._cut(header, payload)))):
                     pipeline.set(_key(block.ref, part), value, ex=self._ttl_s)
         if any(taken):
+            started = self._clock.monotonic_s()
             await _ask(pipeline.execute())
+            self._codec.moved("put", stored_bytes, self._clock.monotonic_s() - started)
         return taken
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
@@ -187,7 +191,11 @@ class RedisTier:
         pipeline = self._redis.pipeline(transaction=False)
         for key in keys:
             pipeline.get(key)
-        return cast("list[bytes | None]", await _ask(pipeline.execute()) if keys else [])
+        started = self._clock.monotonic_s()
+        values = cast("list[bytes | None]", await _ask(pipeline.execute()) if keys else [])
+        size = sum(len(value) for value in values if value is not None)
+        self._codec.moved("get", size, self._clock.monotonic_s() - started)
+        return values
 
     def _header(self, first: bytes | None) -> Header | None:
         try:
