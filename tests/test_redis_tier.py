@@ -21,6 +21,8 @@ from tests.sim.rig import Rig
 MINE, THEIRS = namespace_of("mine"), namespace_of("theirs")
 SIZE = 10_000
 PART_BYTES = 4096
+STEP = PART_BYTES + HEADER_BYTES
+"""How long a part is: what bounds it is how much it holds of the block."""
 PARTS = 3
 """Of a block of SIZE with its header, uncompressed."""
 TTL_S = 600
@@ -79,7 +81,7 @@ async def test_a_block_lies_in_parts_of_bounded_size(
     assert keys_in(server) == {key_of(block, part) for block in blocks for part in range(PARTS)}
     values = [value_at(server, key_of(blocks[0], part)) for part in range(PARTS)]
     assert [len(value) for value in values] == [
-        PART_BYTES, PART_BYTES, HEADER_BYTES + SIZE - 2 * PART_BYTES,
+        STEP, STEP, HEADER_BYTES + SIZE - 2 * STEP,
     ]  # fmt: skip
     assert b"".join(values)[HEADER_BYTES:] == blocks[0].data
     assert await present(tier, blocks) == [True] * 4

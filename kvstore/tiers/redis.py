@@ -4,11 +4,13 @@ A block is one record (`kvstore.record`), cut into parts of bounded size, becaus
 collapse Redis's throughput. The first part begins with the header, which says how many follow.
 """
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisError
@@ -17,15 +19,74 @@ from kvstore.api.clock import Clock
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Usage
 from kvstore.codec import Codec
+from kvstore.gate import Gate
 from kvstore.metrics import Metrics
-from kvstore.names import block_name, namespace_tag
-from kvstore.record import HEADER_BYTES, Damaged, Header, decode_block, encode_block
+from kvstore.names import namespace_tag
+from kvstore.record import HEADER_BYTES, Damaged, Header, encode_block
 from kvstore.runner import Runner
+from kvstore.staging import Staging
+from kvstore.tiers.redis_parts import (
+    PREFIX,
+    Miss,
+    Part,
+    Reading,
+    cut,
+    fetch,
+    part_key,
+    parts_of,
+    put,
+)
+from kvstore.tiers.redis_wire import Wire
+from kvstore.tiers.redis_wires import NoSocket, Wires
+
+T = TypeVar("T")
 
 _log = logging.getLogger("kvstore.redis")
 
-_PREFIX = b"kvstore:b1:"
 _SCAN_COUNT = 1000
+SIDE_BY_SIDE = 2
+"""Wires that one batch uses; Redis has a single thread."""
+WIRE_BYTES = 4 << 20
+"""A batch uses one more wire for so much more."""
+SCRATCH_BYTES = 64 << 20
+"""Of buffers for payloads that are decoded, kept to be used again."""
+
+
+class _Room:
+    """How much may still be stored. Any thread may take of it."""
+
+    def __init__(self, left_bytes: float) -> None:
+        self._left_bytes = left_bytes
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bool:
+        with self._lock:
+            self._left_bytes -= size
+            return self._left_bytes >= 0
+
+
+class _Writing:
+    """The parts of some blocks, made one block after the other when they are asked for."""
+
+    def __init__(
+        self, blocks: Sequence[Block], room: _Room, parts_of: Callable[[Block, _Room], list[Part]]
+    ) -> None:
+        self._blocks = blocks
+        self._room = room
+        self._parts_of = parts_of
+        self.taken: list[bool] = []
+        """For each block whether there was room."""
+
+    def parts(self) -> list[Part]:
+        """All of them at once."""
+        return list(self)
+
+    def __iter__(self) -> Iterator[Part]:
+        self.taken = []
+        for block in self._blocks:
+            parts = self._parts_of(block, self._room)
+            self.taken.append(bool(parts))
+            yield from parts
 
 
 class RedisTier:
@@ -48,6 +109,7 @@ class RedisTier:
         capacity_bytes: int,
         part_bytes: int,
         ttl_s: int,
+        wires: Wires | None = None,
     ) -> None:
         self._redis = redis
         self._codec = codec
@@ -57,12 +119,14 @@ class RedisTier:
         self._capacity_bytes = capacity_bytes
         self._part_bytes = part_bytes
         self._ttl_s = ttl_s
+        self._wires = wires
+        self._staging = Staging(SCRATCH_BYTES)
         self._used_bytes = 0
 
     async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
         pipeline = self._redis.pipeline(transaction=False)
         for ref in refs:
-            pipeline.exists(_key(ref, 0))
+            pipeline.exists(part_key(ref, 0))
         found = await _ask(pipeline.execute()) if refs else []
         return [self.name if exists else None for exists in found]
 
@@ -75,7 +139,7 @@ class RedisTier:
         pipeline = self._redis.pipeline(transaction=False)
         for ref, count in zip(refs, parts, strict=True):
             for part in range(count):
-                pipeline.expire(_key(ref, part), self._ttl_s)
+                pipeline.expire(part_key(ref, part), self._ttl_s)
         renewed = await _ask(pipeline.execute()) if any(parts) else []
         ends = list(accumulate(parts))
         return [
@@ -84,57 +148,39 @@ class RedisTier:
         ]
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
-        firsts = await self._get([_key(load.ref, 0) for load in loads])
-        headers = [self._header(first) for first in firsts]
-        rest_keys: list[bytes] = []
-        for load, first, header in zip(loads, firsts, headers, strict=True):
-            if first and header and header.stored_bytes <= len(load.into):
-                rest_keys += [_key(load.ref, part) for part in range(1, _parts(header, len(first)))]
-        rests = iter(await self._get(rest_keys))
-        answers: list[Loaded | None] = []
-        for load, first, header in zip(loads, firsts, headers, strict=True):
-            if first is None:
-                answers.append(None)
-                continue
-            if header is None or header.stored_bytes > len(load.into):
-                await self._damaged(load.ref)
-                answers.append(None)
-                continue
-            rest = [next(rests) for _ in range(1, _parts(header, len(first)))]
-            parts = [first[HEADER_BYTES:], *rest]
-            answers.append(await self._decode(load, header, parts))
-        return answers
+        readings = [Reading(load, self._staging) for load in loads]
+        sizes = [len(load.into) for load in loads]
+        try:
+            await self._move(
+                [partial(fetch, readings=group) for group in _groups(readings, sizes)],
+                lambda: self._fetch(readings),
+            )
+        finally:
+            for reading in readings:
+                reading.close()
+        return [await self._judge(load.ref, r) for load, r in zip(loads, readings, strict=True)]
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
-        room = await self._room_bytes()
-        pipeline = self._redis.pipeline(transaction=False)
-        taken: list[bool] = []
-        for block in blocks:
-            now_s = self._clock.wall_s()
-            header, payload = await self._runner.run(
-                partial(encode_block, block, self._codec, now_s=now_s, ttl_s=self._ttl_s)
-            )
-            room -= HEADER_BYTES + len(payload)
-            taken.append(room >= 0)
-            if room >= 0:
-                # The first part last: who finds it shall find the others as well.
-                for part, value in reversed(list(enumerate(self._cut(header, payload)))):
-                    pipeline.set(_key(block.ref, part), value, ex=self._ttl_s)
-        if any(taken):
-            await _ask(pipeline.execute())
-        return taken
+        room = _Room(await self._room_bytes())
+        sizes = [len(block.data) for block in blocks]
+        writings = [_Writing(group, room, self._cut) for group in _groups(blocks, sizes)]
+        await self._move(
+            [partial(put, parts=writing, ttl_s=self._ttl_s) for writing in writings],
+            lambda: self._put(writings),
+        )
+        return [taken for writing in writings for taken in writing.taken]
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
         parts = await self._parts_of(refs)
         keys = [
-            _key(ref, part)
+            part_key(ref, part)
             for ref, count in zip(refs, parts, strict=True)
             for part in range(max(count, 1))
         ]
         return await self._unlink(keys)
 
     async def clear(self, namespace: bytes) -> int:
-        pattern = _PREFIX + namespace_tag(namespace).hex().encode() + b":*"
+        pattern = PREFIX + namespace_tag(namespace).hex().encode() + b":*"
         cleared = 0
         batch: list[bytes] = []
         try:
@@ -151,6 +197,8 @@ class RedisTier:
         return [Usage(self.name, self._capacity_bytes, self._used_bytes, 0)]
 
     async def close(self) -> None:
+        if self._wires is not None:
+            await self._wires.close()
         await self._redis.aclose()
 
     async def _parts_of(self, refs: Sequence[BlockRef]) -> list[int]:
@@ -161,15 +209,15 @@ class RedisTier:
         """
         pipeline = self._redis.pipeline(transaction=False)
         for ref in refs:
-            pipeline.strlen(_key(ref, 0))
-            pipeline.getrange(_key(ref, 0), 0, HEADER_BYTES - 1)
+            pipeline.strlen(part_key(ref, 0))
+            pipeline.getrange(part_key(ref, 0), 0, HEADER_BYTES - 1)
         found = await _ask(pipeline.execute()) if refs else []
         headers = [self._header(first) for first in found[1::2]]
-        parts = [_parts(h, size) if h else 0 for h, size in zip(headers, found[::2], strict=True)]
+        parts = [parts_of(h, size) if h else 0 for h, size in zip(headers, found[::2], strict=True)]
         pipeline = self._redis.pipeline(transaction=False)
         for ref, count in zip(refs, parts, strict=True):
             if count > 1:
-                pipeline.exists(_key(ref, count - 1))
+                pipeline.exists(part_key(ref, count - 1))
         ends = iter(await _ask(pipeline.execute()) if any(count > 1 for count in parts) else [])
         return [count if count < 2 or next(ends) else 0 for count in parts]
 
@@ -195,30 +243,63 @@ class RedisTier:
         except Damaged:
             return None
 
-    def _cut(self, header: Header, payload: memoryview | bytes) -> list[bytes]:
-        record = header.pack() + bytes(payload)
-        step = self._part_bytes
-        return [record[start : start + step] for start in range(0, len(record), step)]
+    async def _move(
+        self, work: Sequence[Callable[[Wire], None]], otherwise: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Does the work side by side, each on a wire of its own; `otherwise` where there is none.
 
-    async def _decode(self, load: Load, header: Header, parts: list[bytes | None]) -> Loaded | None:
-        if any(part is None for part in parts):
-            # Redis evicts each part for itself; without the first, the next store repairs it.
-            await self.discard([load.ref])
-            return None
-        payload = b"".join(cast("list[bytes]", parts))
-        scratch = bytearray(len(load.into))
+        All of it has ended when this returns or raises.
+        """
+        if self._wires is not None:
+            running = [self._wires.run(each) for each in work]
+            errors = [e for e in await asyncio.gather(*running, return_exceptions=True) if e]
+            if not any(isinstance(error, NoSocket) for error in errors):
+                if errors:
+                    raise errors[0]
+                return
+            _log.warning("redis-py shows no sockets (%s): blocks go through its pipelines", errors)
+            self._wires = None
+        await otherwise()
+
+    async def _fetch(self, readings: Sequence[Reading]) -> None:
+        waiting = [(reading, 0) for reading in readings]
+        gate = Gate()
         try:
-            digest = await self._runner.run(
-                lambda: decode_block(
-                    header, block_name(load.ref), memoryview(payload), memoryview(scratch)
-                )
-            )
-        except Damaged:
-            await self._damaged(load.ref)
-            return None
-        # Copied here and not by the thread: after a cancelled load nothing may write to `into`.
-        load.into[:] = scratch
-        return Loaded(self.name, digest)
+            while waiting:
+                values = await self._get([reading.key(part) for reading, part in waiting])
+                more: list[tuple[Reading, int]] = []
+                for (reading, part), value in zip(waiting, values, strict=True):
+                    accept = partial(reading.accept, part, value)
+                    others = await self._runner.run(partial(gate.through, accept))
+                    more += [(reading, other) for other in others]
+                waiting = more
+        finally:
+            gate.close()  # From here on nothing writes to a caller's buffer.
+
+    async def _put(self, writings: Sequence[_Writing]) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for writing in writings:
+            for key, views in await self._runner.run(writing.parts):
+                pipeline.set(key, b"".join(views), ex=self._ttl_s)
+        if any(taken for writing in writings for taken in writing.taken):
+            await _ask(pipeline.execute())
+
+    def _cut(self, block: Block, room: _Room) -> list[Part]:
+        """The parts of a block; none if there is no room for it. Runs in a thread."""
+        header, payload = encode_block(
+            block, self._codec, now_s=self._clock.wall_s(), ttl_s=self._ttl_s
+        )
+        if not room.take(HEADER_BYTES + len(payload)):
+            return []
+        return list(cut(block.ref, header, payload, self._part_bytes))
+
+    async def _judge(self, ref: BlockRef, reading: Reading) -> Loaded | None:
+        if reading.miss is Miss.DAMAGED:
+            await self._damaged(ref)
+        elif reading.miss is Miss.INCOMPLETE:
+            # Redis evicts each part for itself; without the first, the next store repairs it.
+            await self.discard([ref])
+        return None if reading.miss else Loaded(self.name, reading.digest)
 
     async def _damaged(self, ref: BlockRef) -> None:
         _log.warning("a damaged block was dropped from Redis")
@@ -233,14 +314,16 @@ class RedisTier:
         return self._capacity_bytes - self._used_bytes
 
 
-def _parts(header: Header, part_bytes: int) -> int:
-    """How many parts the record has; its writer's part size is the length of the first."""
-    return -(-(HEADER_BYTES + header.stored_bytes) // max(part_bytes, HEADER_BYTES))
-
-
-def _key(ref: BlockRef, part: int) -> bytes:
-    tag = namespace_tag(ref.namespace).hex().encode()
-    return b"%s%s:%s:%d" % (_PREFIX, tag, block_name(ref).hex().encode(), part)
+def _groups(things: Sequence[T], sizes: Sequence[int]) -> list[Sequence[T]]:
+    """The things in their order, in as many groups as wires are worth while, equal in bytes."""
+    count = max(1, min(SIDE_BY_SIDE, sum(sizes) // WIRE_BYTES, len(things)))
+    share = sum(sizes) / count
+    groups: list[list[T]] = [[] for _ in range(count)]
+    before = 0
+    for thing, size in zip(things, sizes, strict=True):
+        groups[min(count - 1, int((before + size / 2) / share) if share else 0)].append(thing)
+        before += size
+    return [group for group in groups if group]
 
 
 async def _ask(answer: Awaitable[Any]) -> Any:
