@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from kvstore.api.clock import Clock
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Usage
-from kvstore.codec import Codec
+from kvstore.codec import Codec, Raw
 from kvstore.gate import Gate
 from kvstore.metrics import Metrics
 from kvstore.names import namespace_tag
@@ -45,9 +45,10 @@ _log = logging.getLogger("kvstore.redis")
 
 _SCAN_COUNT = 1000
 SIDE_BY_SIDE = 2
-"""Wires that one batch uses; Redis has a single thread."""
+"""Wires that one batch uses where blocks are encoded and decoded on the way. Raw bytes take one:
+Redis has a single thread, and keeps up with just one of ours."""
 WIRE_BYTES = 4 << 20
-"""A batch uses one more wire for so much more."""
+"""What a wire has to get of a batch, at least, to be worth while."""
 SCRATCH_BYTES = 64 << 20
 """Of buffers for payloads that are decoded, kept to be used again."""
 
@@ -152,7 +153,7 @@ class RedisTier:
         sizes = [len(load.into) for load in loads]
         try:
             await self._move(
-                [partial(fetch, readings=group) for group in _groups(readings, sizes)],
+                [partial(fetch, readings=group) for group in self._groups(readings, sizes)],
                 lambda: self._fetch(readings),
             )
         finally:
@@ -163,7 +164,7 @@ class RedisTier:
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
         room = _Room(await self._room_bytes())
         sizes = [len(block.data) for block in blocks]
-        writings = [_Writing(group, room, self._cut) for group in _groups(blocks, sizes)]
+        writings = [_Writing(group, room, self._cut) for group in self._groups(blocks, sizes)]
         await self._move(
             [partial(put, parts=writing, ttl_s=self._ttl_s) for writing in writings],
             lambda: self._put(writings),
@@ -243,6 +244,18 @@ class RedisTier:
         except Damaged:
             return None
 
+    def _groups(self, things: Sequence[T], sizes: Sequence[int]) -> list[list[T]]:
+        """The things in their order, a group for each wire that is worth while, equal in bytes."""
+        most = 1 if isinstance(self._codec, Raw) else SIDE_BY_SIDE
+        count = max(1, min(most, sum(sizes) // WIRE_BYTES, len(things)))
+        share = max(1, sum(sizes)) / count
+        groups: list[list[T]] = [[] for _ in range(count)]
+        before = 0
+        for thing, size in zip(things, sizes, strict=True):
+            groups[min(count - 1, int((before + size / 2) / share))].append(thing)
+            before += size
+        return [group for group in groups if group]
+
     async def _move(
         self, work: Sequence[Callable[[Wire], None]], otherwise: Callable[[], Awaitable[None]]
     ) -> None:
@@ -312,18 +325,6 @@ class RedisTier:
         info = await _ask(self._redis.info("memory"))
         self._used_bytes = int(info.get("used_memory", 0))
         return self._capacity_bytes - self._used_bytes
-
-
-def _groups(things: Sequence[T], sizes: Sequence[int]) -> list[Sequence[T]]:
-    """The things in their order, in as many groups as wires are worth while, equal in bytes."""
-    count = max(1, min(SIDE_BY_SIDE, sum(sizes) // WIRE_BYTES, len(things)))
-    share = sum(sizes) / count
-    groups: list[list[T]] = [[] for _ in range(count)]
-    before = 0
-    for thing, size in zip(things, sizes, strict=True):
-        groups[min(count - 1, int((before + size / 2) / share) if share else 0)].append(thing)
-        before += size
-    return [group for group in groups if group]
 
 
 async def _ask(answer: Awaitable[Any]) -> Any:
