@@ -166,6 +166,7 @@ class Wire:
 
     def _refused(self, line: bytes) -> Refused:
         if line[:1] != b"-":
+            self._is_spoilt = True
             raise Garbled(f"redis: {line[:80]!r} is no answer to what was asked")
         self._is_spoilt = self._is_spoilt or line[1:].partition(b" ")[0] not in _KEPT
         return Refused(f"redis: {line[1:].decode(errors='replace')}")

@@ -61,6 +61,8 @@ class Wires:
         """
         hold = _Hold()
         running = asyncio.ensure_future(self._runner.run(partial(self._serve, hold, work)))
+        # Where nobody waits any more, nobody asks for the error either.
+        running.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
