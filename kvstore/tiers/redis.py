@@ -149,7 +149,7 @@ class RedisTier:
         ]
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
-        readings = [Reading(load, self._staging) for load in loads]
+        readings = [Reading(load, self._part_bytes, self._staging) for load in loads]
         sizes = [len(load.into) for load in loads]
         try:
             await self._move(

@@ -88,8 +88,9 @@ class Reading:
     memory where it has to be decoded first; `close` returns that, and may be called again.
     """
 
-    def __init__(self, load: Load, staging: Staging) -> None:
+    def __init__(self, load: Load, part_bytes: int, staging: Staging) -> None:
         self._load = load
+        self._first_bytes = HEADER_BYTES + min(part_bytes, len(load.into))
         self._staging = staging
         self._loan: Loan | None = None
         self._header = Header()
@@ -110,7 +111,7 @@ class Reading:
     def size(self, part: int) -> int:
         """How long a part has to be; of the first one, before it came: is likely to be."""
         if not part:
-            return HEADER_BYTES + len(self._load.into)
+            return self._first_bytes
         return min(self._step, HEADER_BYTES + self._header.stored_bytes - part * self._step)
 
     def begin(self, size: int, head: memoryview) -> range:
@@ -130,7 +131,7 @@ class Reading:
         else:
             self._loan = self._staging.borrow(header.stored_bytes)
             self._payload = self._loan.view
-        self.miss, self.is_open = Miss.INCOMPLETE, True
+        self.is_open = True
         self._lacking = parts_of(header, size)
         return range(1, self._lacking)
 
@@ -199,12 +200,14 @@ def fetch(wire: Wire, readings: Sequence[Reading]) -> None:
     reading: it is damaged, and what would have come behind it is absent this time.
     """
     waiting = deque((reading, 0) for reading in readings)
+    others: deque[tuple[Reading, int]] = deque()
+    """Of blocks that have begun: they come before new ones, which need memory of their own."""
     asked: deque[tuple[Reading, int, int]] = deque()
     asked_bytes = 0
     refused: Refused | None = None
-    while waiting or asked:
-        while waiting and _has_room(len(asked), asked_bytes):
-            reading, part = waiting.popleft()
+    while waiting or others or asked:
+        while (waiting or others) and _has_room(len(asked), asked_bytes):
+            reading, part = (others or waiting).popleft()
             if part and not reading.is_open:
                 continue
             wire.get(reading.key(part))
@@ -222,7 +225,7 @@ def fetch(wire: Wire, readings: Sequence[Reading]) -> None:
             continue
         if more is None:
             return
-        waiting.extendleft((reading, other) for other in reversed(more))
+        others.extend((reading, other) for other in more)
     if refused is not None:
         raise refused
 

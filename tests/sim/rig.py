@@ -104,10 +104,10 @@ class Rig:
         ttl_s: int = 600,
         timeout_s: float = 30.0,
         wired: bool = True,
+        wires: Wires | None = None,
     ) -> RedisTier:
         """A tier over a real Redis: its bytes on wires, or through redis-py's pipelines."""
-        wires = None
-        if wired:
+        if wired and wires is None:
             runner = ThreadRunner(WIRES)
             wires = Wires.from_url(url, runner, count=WIRES, timeout_s=timeout_s)
         tier = RedisTier(
