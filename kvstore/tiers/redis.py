@@ -94,7 +94,9 @@ class RedisTier:
     """Blocks in Redis, each expiring `ttl_s` after its last store.
 
     `capacity_bytes` bounds what the server may hold before this node stops adding to it (0: only
-    the server's own limit). All errors of Redis are raised as TierError.
+    the server's own limit). All errors of Redis are raised as TierError. The bytes of blocks go over
+    `wires`, which lead to the same server and are closed with the tier; without them, or where
+    redis-py does not let them be, through pipelines of `redis`.
     """
 
     name = "redis"
@@ -121,6 +123,7 @@ class RedisTier:
         self._part_bytes = part_bytes
         self._ttl_s = ttl_s
         self._wires = wires
+        self._is_wired = wires is not None
         self._staging = Staging(SCRATCH_BYTES)
         self._used_bytes = 0
 
@@ -263,7 +266,7 @@ class RedisTier:
 
         All of it has ended when this returns or raises.
         """
-        if self._wires is not None:
+        if self._wires is not None and self._is_wired:
             running = [self._wires.run(each) for each in work]
             errors = [e for e in await asyncio.gather(*running, return_exceptions=True) if e]
             if not any(isinstance(error, NoSocket) for error in errors):
@@ -271,7 +274,7 @@ class RedisTier:
                     raise errors[0]
                 return
             _log.warning("redis-py shows no sockets (%s): blocks go through its pipelines", errors)
-            self._wires = None
+            self._is_wired = False
         await otherwise()
 
     async def _fetch(self, readings: Sequence[Reading]) -> None:
