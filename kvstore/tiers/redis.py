@@ -94,9 +94,9 @@ class RedisTier:
     """Blocks in Redis, each expiring `ttl_s` after its last store.
 
     `capacity_bytes` bounds what the server may hold before this node stops adding to it (0: only
-    the server's own limit). All errors of Redis are raised as TierError. The bytes of blocks go over
-    `wires`, which lead to the same server and are closed with the tier; without them, or where
-    redis-py does not let them be, through pipelines of `redis`.
+    the server's own limit). All errors of Redis are raised as TierError. The bytes of blocks go
+    over `wires`, which lead to the same server and are closed with the tier; without them, or
+    where redis-py does not let them be, through pipelines of `redis`.
     """
 
     name = "redis"
