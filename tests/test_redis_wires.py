@@ -436,3 +436,14 @@ async def test_a_caller_that_is_gone_before_it_has_a_connection_waits_for_nobody
     private_redis.thaw()
     assert await tier.store(blocks) == [True]
     assert await present(tier, blocks) == [True]
+
+
+async def test_a_closed_tier_is_an_error(rig: Rig, redis_url: str) -> None:
+    """Who comes late, in a node's last moments, meets what he meets where Redis is gone."""
+    tier = rig.redis(redis_url)
+    blocks = chain(2)
+    assert await tier.store(blocks) == [True] * 2
+    await tier.close()
+    for call in (lambda: tier.store(blocks), lambda: tier.load(buffers_for(blocks))):
+        with pytest.raises(TierError, match="closed"):
+            await call()

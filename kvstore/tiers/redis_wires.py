@@ -37,6 +37,7 @@ class Wires:
     def __init__(self, pool: ConnectionPool, runner: Runner) -> None:
         self._pool = pool
         self._runner = runner
+        self._is_closed = False
 
     @classmethod
     def from_url(cls, url: str, runner: Runner, *, count: int, timeout_s: float) -> "Wires":
@@ -59,6 +60,8 @@ class Wires:
         reads and writes is the caller's again. A wire that is given up is shut first, so that
         this does not take longer than the next step of `work`.
         """
+        if self._is_closed:
+            raise TierError("redis: closed")
         hold = _Hold()
         running = asyncio.ensure_future(self._runner.run(partial(self._serve, hold, work)))
         # Where nobody waits any more, nobody asks for the error either.
@@ -73,7 +76,8 @@ class Wires:
             raise TierError(f"redis: {error}") from error
 
     async def close(self) -> None:
-        """Hangs up, and ends the threads."""
+        """Hangs up, and ends the threads. Whoever is at work meets an error, later callers too."""
+        self._is_closed = True
         self._pool.disconnect()
         await self._runner.close(CLOSE_S)
 
