@@ -447,3 +447,11 @@ async def test_a_closed_tier_is_an_error(rig: Rig, redis_url: str) -> None:
     for call in (lambda: tier.store(blocks), lambda: tier.load(buffers_for(blocks))):
         with pytest.raises(TierError, match="closed"):
             await call()
+
+
+async def test_the_first_part_is_written_last(tier: RedisTier, valve: Valve) -> None:
+    """Who finds it shall find the others as well, whenever the store was ended."""
+    (block,) = chain(1)
+    await tier.store([block])
+    sent = [valve.asked.index(part_key(block.ref, part)) for part in range(PARTS)]
+    assert max(sent) == sent[0]
