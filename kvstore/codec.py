@@ -47,6 +47,9 @@ class Codec(Protocol):
     def encode(self, block: Block) -> Encoded:
         """What to store of a block."""
 
+    def works_on(self, namespace: bytes) -> bool:
+        """Whether blocks of a namespace are likely to be stored otherwise than as they are."""
+
     def moved(self, direction: Direction, size_bytes: int, seconds: float) -> None:
         """Stored bytes went to the tier or came from it in so many seconds: its link's speed."""
 
@@ -60,6 +63,9 @@ class Lossless:
 
     def encode(self, block: Block) -> Encoded:
         return encode_as(self._codec, block, self._item_bytes)
+
+    def works_on(self, namespace: bytes) -> bool:
+        return self._codec is not CodecId.RAW
 
     def moved(self, direction: Direction, size_bytes: int, seconds: float) -> None:
         return

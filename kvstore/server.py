@@ -58,12 +58,15 @@ from kvstore.tiers.guarded import Guarded
 from kvstore.tiers.measured import Measured
 from kvstore.tiers.memory import Memory
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_wires import Wires
 from kvstore.tiers.tiered import Tiered
 
 SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStore"].full_name
 KEEPALIVE_MS = 10_000
 KEEPALIVE_LEAST_MS = 5_000
 REDIS_CONNECTIONS = 16
+REDIS_WIRES = 8
+"""Connections besides, each with a thread, for the bytes of blocks."""
 LAST_WORDS_S = 0.2
 CLOSE_S = 2.0
 DIGEST_THREADS = 1
@@ -349,6 +352,12 @@ def _redis_tier(
         capacity_bytes=settings.capacity_bytes,
         part_bytes=settings.part_bytes,
         ttl_s=settings.ttl_s,
+        wires=Wires.from_url(
+            settings.blocks_url,
+            ThreadRunner(REDIS_WIRES),
+            count=REDIS_WIRES,
+            timeout_s=settings.timeout_s,
+        ),
     )
 
 

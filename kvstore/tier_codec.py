@@ -63,6 +63,16 @@ class TierCodec:
         self._metrics.codec_out_bytes.labels(self._tier, name).inc(len(encoded.payload))
         return encoded
 
+    def works_on(self, namespace: bytes) -> bool:
+        space = self._spaces.find(namespace)
+        if self._lossy is not None and space is not None and space.dtype in lossy.DTYPES:
+            return True
+        if self._fixed is not None:
+            return self._fixed is not CodecId.RAW
+        with self._lock:
+            choice = self._choices.get(space.space_id if space is not None else namespace)
+        return choice is None or choice.codec is not CodecId.RAW
+
     def moved(self, direction: Direction, size_bytes: int, seconds: float) -> None:
         if size_bytes < LEAST_MOVED_BYTES:
             return

@@ -20,8 +20,7 @@ from benchmarks.proof import Finding, Proof, Setting
 from benchmarks.tally import Tally
 from kvstore import record
 from kvstore.api.digest import DIGEST_BYTES
-from kvstore.tiers import disk, segment, segment_log
-from kvstore.tiers import redis as redis_tier
+from kvstore.tiers import disk, redis_parts, segment, segment_log
 
 PROOFS = [
     mutations.PROOF,
@@ -66,14 +65,20 @@ async def harmed(harm: mutations.Harm, trials: int) -> Tally:
 def believe_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The payload's digest is not looked at."""
 
+    def check(header: record.Header, name: bytes, payload: memoryview) -> None:
+        if header.name != name:
+            raise record.Damaged("another block")
+
     def decode(header: record.Header, name: bytes, payload: memoryview, into: memoryview) -> bytes:
-        if header.name != name or len(into) != len(payload):
+        check(header, name, payload)
+        if len(into) != len(payload):
             raise record.Damaged("another block")
         into[:] = payload
         return header.digest
 
-    for module in (harm_records, disk, redis_tier):
+    for module in (harm_records, disk, redis_parts):
         monkeypatch.setattr(module, "decode_block", decode)
+    monkeypatch.setattr(redis_parts, "check_payload", check)
 
 
 @pytest.mark.parametrize(

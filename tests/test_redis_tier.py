@@ -9,8 +9,9 @@ import redis as sync_redis
 
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef
+from kvstore.codec import Raw
 from kvstore.names import block_name, namespace_tag
-from kvstore.record import HEADER_BYTES, Header
+from kvstore.record import HEADER_BYTES, Header, encode_block
 from kvstore.tiers.guarded import FAILURES_TO_OPEN, OPEN_S, Guarded
 from kvstore.tiers.redis import RedisTier
 from kvstore_workers.redis_server import RedisServer
@@ -21,6 +22,8 @@ from tests.sim.rig import Rig
 MINE, THEIRS = namespace_of("mine"), namespace_of("theirs")
 SIZE = 10_000
 PART_BYTES = 4096
+STEP = PART_BYTES + HEADER_BYTES
+"""How long a part is: what bounds it is how much it holds of the block."""
 PARTS = 3
 """Of a block of SIZE with its header, uncompressed."""
 TTL_S = 600
@@ -50,10 +53,11 @@ def server(redis_url: str) -> Iterator[sync_redis.Redis]:
         yield client
 
 
-@pytest.fixture
-def tier(rig: Rig, redis_url: str) -> RedisTier:
-    """A tier over small parts, without a codec."""
-    return rig.redis(redis_url, part_bytes=PART_BYTES, ttl_s=TTL_S)
+@pytest.fixture(params=["wires", "pipelines"])
+def tier(request: pytest.FixtureRequest, rig: Rig, redis_url: str) -> RedisTier:
+    """A tier over small parts, without a codec; its bytes go either way."""
+    wired = request.param == "wires"
+    return rig.redis(redis_url, part_bytes=PART_BYTES, ttl_s=TTL_S, wired=wired)
 
 
 def keys_in(server: sync_redis.Redis) -> set[bytes]:
@@ -79,7 +83,7 @@ async def test_a_block_lies_in_parts_of_bounded_size(
     assert keys_in(server) == {key_of(block, part) for block in blocks for part in range(PARTS)}
     values = [value_at(server, key_of(blocks[0], part)) for part in range(PARTS)]
     assert [len(value) for value in values] == [
-        PART_BYTES, PART_BYTES, HEADER_BYTES + SIZE - 2 * PART_BYTES,
+        STEP, STEP, HEADER_BYTES + SIZE - 2 * STEP,
     ]  # fmt: skip
     assert b"".join(values)[HEADER_BYTES:] == blocks[0].data
     assert await present(tier, blocks) == [True] * 4
@@ -95,6 +99,36 @@ async def test_every_size_comes_back(rig: Rig, redis_url: str, codec: str, size:
     assert await present(writer, blocks) == [True] * 4
     reader = rig.redis(redis_url, part_bytes=3 * PART_BYTES)
     assert await present(reader, blocks) == [True] * 4, "parts are as large as their writer's"
+
+
+@pytest.mark.parametrize(
+    ("size", "parts"), [(1, 1), (PART_BYTES, 1), (PART_BYTES + 1, 2), (3 * PART_BYTES, 3)]
+)
+async def test_a_block_of_the_size_of_a_part_is_one_value(
+    tier: RedisTier, server: sync_redis.Redis, size: int, parts: int
+) -> None:
+    """The header does not make a second part necessary."""
+    blocks = chain_of("chain", 2, MINE, size)
+    assert await tier.store(blocks) == [True] * 2
+    assert len(keys_in(server)) == 2 * parts
+    assert await present(tier, blocks) == [True] * 2
+
+
+async def test_parts_without_room_for_the_header_are_read_as_well(
+    tier: RedisTier, server: sync_redis.Redis
+) -> None:
+    """Nodes used to count the header into the first part: any length of it is that of the rest."""
+    blocks = chain()
+    for block in blocks:
+        header, payload = encode_block(block, Raw(), now_s=0.0, ttl_s=TTL_S)
+        record = header.pack() + bytes(payload)
+        for part, start in enumerate(range(0, len(record), PART_BYTES)):
+            server.set(key_of(block, part), record[start : start + PART_BYTES], ex=50)
+    assert await present(tier, blocks) == [True] * 4
+    assert await tier.wants(refs_of(blocks)) == [False] * 4
+    assert {server.ttl(key) for key in keys_in(server)} <= {TTL_S - 1, TTL_S}
+    assert await tier.discard(refs_of(blocks)) == 4
+    assert not keys_in(server)
 
 
 async def test_names_in_redis_tell_nothing(tier: RedisTier, server: sync_redis.Redis) -> None:

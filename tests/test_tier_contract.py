@@ -58,6 +58,10 @@ async def redis_raw(shop: Workshop) -> Tier:
     return shop.rig.redis(shop.redis_url())
 
 
+async def redis_pipelines(shop: Workshop) -> Tier:
+    return shop.rig.redis(shop.redis_url(), codec="bitshuffle-lz4", wired=False)
+
+
 async def redis_lz4(shop: Workshop) -> Tier:
     return shop.rig.redis(shop.redis_url(), codec="bitshuffle-lz4")
 
@@ -123,8 +127,8 @@ async def remote(shop: Workshop) -> Tier:
 
 
 CASES: list[Callable[[Workshop], Awaitable[Tier]]] = [
-    memory, redis_raw, redis_lz4, disk_raw, disk_lz4, disk_real, guarded, faulty, beside,
-    beside_reversed, tiered_alone, tiered_disk, tiered_redis, whole_path, remote,
+    memory, redis_raw, redis_pipelines, redis_lz4, disk_raw, disk_lz4, disk_real, guarded, faulty,
+    beside, beside_reversed, tiered_alone, tiered_disk, tiered_redis, whole_path, remote,
 ]  # fmt: skip
 
 

@@ -160,8 +160,8 @@ def main(
 
     A path and its floor are sampled in turn, with the same blocks in the same order: shm beside
     memcpy, bulk beside a raw socket stream, grpc beside bare grpcio with its best message size,
-    disk beside a raw O_DIRECT file at its best depth, redis beside a raw RESP stream. Node,
-    Redis and clients are processes of their own on this host; nothing leaves it. Memory is
+    disk beside a raw O_DIRECT file and redis beside a raw RESP stream, both at their best depth.
+    Node, Redis and clients are processes of their own on this host; nothing leaves it. Memory is
     faulted in beforehand, the copy into the caller's buffer is included, and a put to disk is
     over once the bytes are on the device. What cannot run is a row that says why.
 

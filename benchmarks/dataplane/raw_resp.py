@@ -14,9 +14,13 @@ _OK = b"+OK\r\n"
 
 
 class RawResp:
-    """SET and GET of the blocks of a ring. A batch is one pipeline."""
+    """SET and GET of the blocks of a ring. A batch is one pipeline.
 
-    knob = 0
+    The knob is how many parts are asked for ahead: Redis makes all answers at once, in memory
+    that it has to find, which costs more than the batch itself.
+    """
+
+    knob = 2
 
     def __init__(self, ring: Ring, owner: int, url: str) -> None:
         self._ring = ring
@@ -41,10 +45,12 @@ class RawResp:
     def get(self, places: range) -> None:
         """Into the ring, straight from the socket."""
         parts = self._parts(self._ring.targets(places), places)
-        asked = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(key), key) for key, _ in parts]
-        self._socket.sendall(b"".join(asked))
+        asks = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(key), key) for key, _ in parts]
+        self._socket.sendall(b"".join(asks[: self.knob]))
         before = b""
-        for _, part in parts:
+        for number, (_, part) in enumerate(parts):
+            if number:
+                self._socket.sendall(b"".join(asks[number + self.knob - 1 : number + self.knob]))
             self._expect(before + b"$%d\r\n" % len(part))
             receive_exactly(self._socket, part)
             before = b"\r\n"

@@ -18,8 +18,10 @@ from kvstore.codec import Raw
 from kvstore.metrics import Metrics
 from kvstore.runner import ThreadRunner
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_wires import Wires
 
 THREADS = 8
+WIRES = 8
 TTL_S = 86400
 TIMEOUT_S = 60.0
 CLOSE_S = 10.0
@@ -42,6 +44,7 @@ class ThroughRedis:
             capacity_bytes=0,
             part_bytes=PART_BYTES,
             ttl_s=TTL_S,
+            wires=Wires.from_url(url, ThreadRunner(WIRES), count=WIRES, timeout_s=TIMEOUT_S),
         )
         namespace = hashlib.sha256(b"dataplane redis %d" % owner).digest()
         blocks = ring.sources(range(ring.blocks))

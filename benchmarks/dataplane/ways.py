@@ -10,6 +10,7 @@ from benchmarks.dataplane.ring import Ring
 KNOBS = {
     "bare_grpc": (256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20),
     "raw_file": (1, 2, 4, 8),
+    "raw_resp": (1, 2, 4, 8),
 }
 """What is tried before a floor is measured; the best counts. Bytes of a message, requests."""
 SERVERS: Mapping[str, tuple[str, ...]] = {

@@ -18,6 +18,7 @@ from kvstore.tiers.guarded import Guarded
 from kvstore.tiers.measured import Measured
 from kvstore.tiers.memory import Memory
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_wires import Wires
 from kvstore.tiers.slabs import PAGE_BYTES
 from kvstore.tiers.tiered import Tiered
 from tests.sim.clock import ManualClock, settle
@@ -27,6 +28,7 @@ from tests.sim.runner import InlineRunner
 SEGMENT_BYTES = 1 << 18
 SYNC_AFTER_S = 30.0
 RUNNER_CLOSE_S = 30.0
+WIRES = 4
 
 
 class Checked(Protocol):
@@ -101,8 +103,13 @@ class Rig:
         part_bytes: int = PAGE_BYTES,
         ttl_s: int = 600,
         timeout_s: float = 30.0,
+        wired: bool = True,
+        wires: Wires | None = None,
     ) -> RedisTier:
-        """A tier over a real Redis."""
+        """A tier over a real Redis: its bytes on wires, or through redis-py's pipelines."""
+        if wired and wires is None:
+            runner = ThreadRunner(WIRES)
+            wires = Wires.from_url(url, runner, count=WIRES, timeout_s=timeout_s)
         tier = RedisTier(
             Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s),
             CODECS[codec](),
@@ -112,6 +119,7 @@ class Rig:
             capacity_bytes=capacity_bytes,
             part_bytes=part_bytes,
             ttl_s=ttl_s,
+            wires=wires,
         )
         self._open.append(tier)
         return tier

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kvstore.tiers.redis import _key
+from kvstore.tiers.redis_parts import part_key
 from tests.sim.world.redis import RedisServer
 from tests.sim.world.universe import Name, needs, ref_of
 
@@ -125,7 +125,7 @@ class Oracle:
         if self._committed.get((machine, name), 0) > barrier.began:
             return True
         assert self.redis is not None
-        sets = self.redis.sets.get(_key(ref_of(name), 0), {})
+        sets = self.redis.sets.get(part_key(ref_of(name), 0), {})
         if not barrier.in_redis:
             return bool(sets)
         return any(
@@ -136,7 +136,7 @@ class Oracle:
     def went_to_redis(self, name: Name) -> bool:
         """Whether anybody ever stored the block there."""
         assert self.redis is not None
-        return _key(ref_of(name), 0) in self.redis.sets
+        return part_key(ref_of(name), 0) in self.redis.sets
 
     def was_forgotten(self, machine: str, name: Name) -> bool:
         """Whether anybody ever asked a machine to discard the block."""

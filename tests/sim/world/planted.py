@@ -40,6 +40,7 @@ _DISK, _LOG = "kvstore.tiers.disk:DiskTier", "kvstore.tiers.segment_log:SegmentL
 _MEMORY, _TIERED = "kvstore.tiers.memory:Memory", "kvstore.tiers.tiered:Tiered"
 _NODE, _LEASES = "kvstore.node:Node", "kvstore.leases:LeaseTable"
 _REDIS, _WRITING = "kvstore.tiers.redis:RedisTier", "kvstore.writing:Incoming"
+_READING = "kvstore.tiers.redis_parts:Reading"
 
 _ATTACHED = "kvstore.attachment:Attachment"
 
@@ -56,7 +57,8 @@ BUGS = (
     ),
     _bug(
         "redis: what comes back is not checked",
-        (f"{_REDIS}._decode", "decode_block(", _UNCHECKED),
+        (f"{_READING}._judge", "check_payload(self._header, name, self._payload)", "pass"),
+        (f"{_READING}._judge", "decode_block(", _UNCHECKED),
     ),
     _bug(
         "record: a block's name is not checked",
@@ -218,7 +220,7 @@ BUGS = (
     ),
     _bug(
         "redis keeps blocks for ever",
-        (f"{_REDIS}.store", "ex=self._ttl_s", "ex=10**9"),
+        (f"{_REDIS}._put", "ex=self._ttl_s", "ex=10**9"),
         quick=True,
     ),
     _bug(
