@@ -20,7 +20,7 @@ from benchmarks.proof import Finding, Proof, Setting
 from benchmarks.tally import Tally
 from kvstore import record
 from kvstore.api.digest import DIGEST_BYTES
-from kvstore.tiers import disk, segment, segment_log
+from kvstore.tiers import disk, disk_writer, segment, segment_log
 from kvstore.tiers import redis as redis_tier
 
 PROOFS = [
@@ -148,7 +148,7 @@ def test_a_forget_record_that_is_not_written_is_found(
     async def forget(self: object, headers: object) -> None:
         return
 
-    monkeypatch.setattr(disk.DiskTier, "_forget", forget)
+    monkeypatch.setattr(disk_writer.DiskWriter, "_forget", forget)
     assert "forgotten is back" in str(killed(40, seed).details)
 
 
