@@ -79,7 +79,7 @@ def _blocks(records: list[Placed]) -> int:
 
 def _is_as_listed(files: Files, handle: int, place: Placed, size: int, staging: Staging) -> bool:
     with staging.lent(PAGE_BYTES) as page:
-        if files.read_into(handle, page, place.offset) < PAGE_BYTES:
+        if files.read_into(handle, [page], place.offset) < PAGE_BYTES:
             return False
         try:
             header = Header.unpack(page[:HEADER_BYTES])

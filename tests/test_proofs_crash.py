@@ -20,7 +20,7 @@ from benchmarks.proof import Finding, Proof, Setting
 from benchmarks.tally import Tally
 from kvstore import record
 from kvstore.api.digest import DIGEST_BYTES
-from kvstore.tiers import disk, disk_writer, segment, segment_log
+from kvstore.tiers import disk_reader, disk_writer, segment, segment_log
 from kvstore.tiers import redis as redis_tier
 
 PROOFS = [
@@ -72,7 +72,7 @@ def believe_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
         into[:] = payload
         return header.digest
 
-    for module in (harm_records, disk, redis_tier):
+    for module in (harm_records, disk_reader, redis_tier):
         monkeypatch.setattr(module, "decode_block", decode)
 
 

@@ -4,7 +4,8 @@ At the level of the tier, because above it gRPC is the narrower way. Several cli
 calls at a time in one process, as they are in a node. A put is over once the bytes are on the
 device: after the store, the segment that it wrote to is synced. Every put is of new blocks, and
 the log drops its oldest segments as it would in the long run. A get is cold: the files are opened
-past the page cache, where the file system can.
+past the page cache, where the file system can. Buffers are the ring's: like slots of a node's arena
+they begin on a page and have keepers, so that bytes move straight from and to them.
 """
 
 import hashlib
@@ -84,7 +85,7 @@ class ThroughDisk:
     async def put(self, places: range) -> None:
         """Out of the ring, onto the device."""
         blocks = [
-            Block(self._renamed(place), None, self._digests[place], data)
+            Block(self._renamed(place), None, self._digests[place], data, _RingKeeper())
             for place, data in zip(places, self._ring.sources(places), strict=True)
         ]
         _check_all(await self._tier.store(blocks))
@@ -93,7 +94,10 @@ class ThroughDisk:
     async def get(self, places: range) -> None:
         """Into the ring."""
         targets = self._ring.targets(places)
-        loads = [Load(self._stored[p], into) for p, into in zip(places, targets, strict=True)]
+        loads = [
+            Load(self._stored[p], into, _RingKeeper())
+            for p, into in zip(places, targets, strict=True)
+        ]
         _check_all(await self._tier.load(loads))
 
     async def close(self) -> None:
@@ -117,6 +121,23 @@ class ThroughDisk:
             os.fdatasync(handle)
         finally:
             os.close(handle)
+
+
+class _RingKeeper:
+    """Holds a buffer of the ring, which outlives the tier, as a node holds a slot of its arena."""
+
+    def __init__(self) -> None:
+        self._holds = 0
+
+    @property
+    def held(self) -> bool:
+        return self._holds > 0
+
+    def hold(self) -> None:
+        self._holds += 1
+
+    def release(self) -> None:
+        self._holds -= 1
 
 
 def _check_all(answers: Sequence[object]) -> None:

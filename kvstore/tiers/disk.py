@@ -10,30 +10,29 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Usage
 from kvstore.codec import Codec
 from kvstore.files import Files
-from kvstore.gate import Gate
 from kvstore.metrics import Metrics
 from kvstore.names import block_name, namespace_tag
-from kvstore.record import Header, decode_block
 from kvstore.runner import Runner
 from kvstore.staging import Staging
 from kvstore.tiers.disk_index import DiskIndex, Entry
 from kvstore.tiers.disk_reader import TIER, DiskReader, judge
-from kvstore.tiers.disk_writer import DiskWriter, staged
+from kvstore.tiers.disk_writer import DiskWriter
 from kvstore.tiers.segment_log import SegmentLog
+from kvstore.tiers.staged import stage
 
 _log = logging.getLogger("kvstore.disk")
 
-T = TypeVar("T")
-
 GROUP_BYTES = 16 << 20
-"""So much of a batch is encoded, written or read at once."""
+"""So much of a batch is copied, or encoded, and written at once."""
+KEPT_PART = 4
+"""A block that can be written from where it lies counts as so much less: most need no memory."""
 STAGING_BYTES = 64 << 20
 """So much of the memory that this takes is kept for the next."""
 SCRUB_PAUSE_S = 0.1
@@ -114,9 +113,7 @@ class DiskTier:
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         """Raises TierError if every block that is here was unreadable: then the device is gone."""
-        answers: list[Loaded | OSError | None] = []
-        for group in _groups(loads, lambda load: len(load.into)):
-            answers += await asyncio.gather(*(self._load(load) for load in group))
+        answers = await asyncio.gather(*(self._load(load) for load in loads))
         self._drop_foreign(loads)
         errors = [answer for answer in answers if isinstance(answer, OSError)]
         if errors and not any(isinstance(answer, Loaded) for answer in answers):
@@ -125,7 +122,7 @@ class DiskTier:
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
         held: list[bool] = []
-        for group in _groups(blocks, lambda block: len(block.data)):
+        for group in _groups(blocks):
             held += await self._store(group)
         return held
 
@@ -170,6 +167,7 @@ class DiskTier:
             await self._writer.seal()
         except TierError as error:
             _log.warning("the last segment could not be sealed: %s", error)
+        await self._reader.close()
 
     def check(self) -> None:
         """Recomputes every invariant; AssertionError tells which one broke."""
@@ -187,17 +185,8 @@ class DiskTier:
         entry = self._find(load.ref)
         if entry is None or entry.block_bytes != len(load.into):
             return None
-        gate = Gate()
-
-        def fill(header: Header, payload: memoryview) -> bytes:
-            name = block_name(load.ref)
-            return gate.through(lambda: decode_block(header, name, payload, load.into))
-
         try:
-            digest = await self._reader.read(entry, fill)
-        except asyncio.CancelledError:
-            gate.close()  # From here on nothing writes to `into`.
-            raise
+            digest = await self._reader.load(entry, load)
         except OSError as error:
             return error
         if digest is None:
@@ -217,7 +206,7 @@ class DiskTier:
         """Encodes a few blocks side by side and appends them."""
         fresh = [block for block in self._rooted(blocks) if self._find(block.ref) is None]
         if fresh:
-            encode = partial(staged, codec=self._codec, staging=self._staging)
+            encode = partial(stage, codec=self._codec, staging=self._staging)
             now_s = self._clock.wall_s()
             work = [self._runner.run(partial(encode, block, now_s=now_s)) for block in fresh]
             records = [record for record in await asyncio.gather(*work) if record is not None]
@@ -246,13 +235,13 @@ class DiskTier:
                 _log.warning("what was stored lately is not on the device yet: %s", error)
 
 
-def _groups(things: Sequence[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """The things in their order, about `GROUP_BYTES` at a time."""
-    group: list[T] = []
+def _groups(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+    """The blocks in their order, about `GROUP_BYTES` of memory at a time."""
+    group: list[Block] = []
     group_bytes = 0
-    for thing in things:
-        group.append(thing)
-        group_bytes += size(thing)
+    for block in blocks:
+        group.append(block)
+        group_bytes += len(block.data) // (KEPT_PART if block.keeper is not None else 1)
         if group_bytes >= GROUP_BYTES:
             yield group
             group, group_bytes = [], 0

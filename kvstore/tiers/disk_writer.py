@@ -10,20 +10,18 @@ import logging
 from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from kvstore.api.errors import TierError
-from kvstore.api.tier import Block
-from kvstore.codec import Codec
-from kvstore.files import PAGE_BYTES
 from kvstore.metrics import Metrics
-from kvstore.record import Header, Kind, check_payload, encode_block
+from kvstore.record import Header, Kind, check_payload
 from kvstore.runner import Runner
-from kvstore.staging import Loan, Staging
+from kvstore.staging import Staging
 from kvstore.tiers.disk_index import DiskIndex, Entry, survivors
 from kvstore.tiers.disk_reader import DiskReader
-from kvstore.tiers.segment import Placed, imitates_records, pack_header_page, pages
+from kvstore.tiers.segment import Placed
 from kvstore.tiers.segment_log import SEQUENCE_BITS, Found, SegmentLog
+from kvstore.tiers.staged import Staged
 
 _log = logging.getLogger("kvstore.disk")
 
@@ -34,14 +32,12 @@ FORGETS_UNREAD = 1 << 32
 SYNCED_EACH = 64
 """Forget records of longer discards are synced together, which costs others less time."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+WRITES_AT_ONCE = 4
+"""So many records are being written at most; more is no faster, and readers need threads too."""
 
 
-class Staged(NamedTuple):
-    """A record that is ready to be written, but for its place in the log."""
-
-    header: Header
-    loan: Loan
-    """The whole record; its first page is filled when it is written."""
+def _nothing() -> None:
+    return
 
 
 class DiskWriter:
@@ -75,6 +71,7 @@ class DiskWriter:
         self._no_room = False
         """Not everything of the last batch could be written, for want of room."""
         self._writing = asyncio.Lock()
+        self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
         self._changes: set[asyncio.Task[object]] = set()
 
     def recover(self, records: list[Found]) -> None:
@@ -91,8 +88,18 @@ class DiskWriter:
             self._index.insert(found)
 
     async def append(self, records: Sequence[Staged]) -> None:
-        """Writes and indexes what is new of these blocks. Ends their loans."""
-        await self._change(lambda: self._append_blocks(records))
+        """Writes and indexes what is new of these blocks, and gives the records back.
+
+        They are held from here on until they were written or will not be, whoever still waits.
+        """
+        for record in records:
+            record.hold()
+
+        def give_back() -> None:
+            for record in records:
+                record.give_back()
+
+        await self._change(lambda: self._append_blocks(records), give_back)
 
     async def forget_blocks(self, names: Sequence[bytes]) -> int:
         """Forgets blocks for good, on the device; how many were here, with what descended."""
@@ -125,10 +132,13 @@ class DiskWriter:
         """Ends the log in order."""
         await self._change(self._seal)
 
-    async def _change(self, change: Callable[[], Awaitable[T]]) -> T:
+    async def _change(
+        self, change: Callable[[], Awaitable[T]], over: Callable[[], None] = _nothing
+    ) -> T:
         """Carries a change of the log through, one at a time, also if its caller gives up.
 
-        Unless it has not begun by then: behind a device that hangs no queue grows.
+        Unless it has not begun by then: behind a device that hangs no queue grows. `over` is
+        called when it has ended, or never begins.
 
         A thread that writes cannot be stopped. If its caller's end let the next change begin:
         1. A store waits for a thread and is cancelled; the lock is free.
@@ -147,6 +157,7 @@ class DiskWriter:
         task = asyncio.create_task(locked())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
+        task.add_done_callback(lambda task: over())
         # Where nobody waits any more, nobody asks for the error either.
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -159,12 +170,8 @@ class DiskWriter:
             raise
 
     async def _append_blocks(self, records: Sequence[Staged]) -> None:
-        try:
-            await self._confirm_forgotten()
-            await self._append_or_yield(records)
-        finally:
-            for record in records:
-                record.loan.give_back()
+        await self._confirm_forgotten()
+        await self._append_or_yield(records)
 
     async def _forget(self, headers: Sequence[Header]) -> None:
         """Writes forget records, each twice, and waits until the device has them.
@@ -185,7 +192,7 @@ class DiskWriter:
                 self._unconfirmed.clear()
 
     async def _write_twins(self, numbered: Header) -> None:
-        twins = [Staged(numbered, self._staging.borrow(PAGE_BYTES)) for _ in range(2)]
+        twins = [Staged.copied(numbered, b"", self._staging) for _ in range(2)]
         if not await self._append_or_yield(twins, together=True):
             raise OSError(errno.EIO, "not all of it could be forgotten for good")
 
@@ -238,7 +245,7 @@ class DiskWriter:
         finally:
             # Not earlier: what has left with a segment that made room is written once more.
             for record in records:
-                record.loan.give_back()
+                record.give_back()
 
     async def _yield_oldest(self) -> bool:
         """Gives up the oldest segment; False if there is none, or it would not help.
@@ -295,28 +302,34 @@ class DiskWriter:
     async def _write(self, placed: Sequence[tuple[Placed, Staged]]) -> list[Placed]:
         if not placed:
             return []
-        work = [
-            self._runner.run(partial(self._write_one, place, record)) for place, record in placed
-        ]
+        work = [self._write_one(place, record) for place, record in placed]
         outcomes = await asyncio.gather(*work, return_exceptions=True)
-        written = [
-            place for (place, _), outcome in zip(placed, outcomes, strict=True) if outcome is None
-        ]
+        written = [outcome for outcome in outcomes if isinstance(outcome, Placed)]
         await self._runner.run(partial(self._segments.keep, written))
         for place in written:
             header = place.header
             parent_here = header.parent is None or self._index.find(header.parent) is not None
             if header.kind is Kind.BLOCK and parent_here:
                 self._index.insert(Found.of(place, self._segments.open_id))
-        errors = [outcome for outcome in outcomes if outcome is not None]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         self._no_room |= any(isinstance(e, OSError) and e.errno in NO_ROOM for e in errors)
         if errors and (not written or not isinstance(errors[0], OSError)):
             raise errors[0]
         return written
 
-    def _write_one(self, place: Placed, record: Staged) -> None:
-        record.loan.view[:PAGE_BYTES] = pack_header_page(place.header)
-        self._segments.write(place, record.loan.view)
+    async def _write_one(self, place: Placed, record: Staged) -> Placed | None:
+        """Where and with which header a record lies now; None if it is refused."""
+
+        def write() -> Placed | None:
+            completed = record.completed(place.header)
+            if completed is None:
+                return None
+            header, buffers = completed
+            self._segments.write(place, buffers)
+            return Placed(place.offset, header)
+
+        async with self._slots:
+            return await self._runner.run(write)
 
     async def _make_room(self, header: Header) -> None:
         """Seals the open segment, begins another with room for a record, drops the oldest."""
@@ -350,40 +363,21 @@ class DiskWriter:
 
     async def _forward(self, entry: Entry, waiting: Header) -> None:
         """Writes a block again into the open segment, if beside `waiting` there is room for it."""
-        loans: list[Staged] = []
+        copies: list[Staged] = []
 
         def copy(header: Header, payload: memoryview) -> bytes:
             check_payload(header, entry.name, payload)
-            loan = self._staging.borrow(PAGE_BYTES + pages(len(payload)))
-            end = PAGE_BYTES + len(payload)
-            loan.view[PAGE_BYTES:end] = payload
-            loan.view[end:] = bytes(len(loan.view) - end)
-            loans.append(Staged(header, loan))
+            copies.append(Staged.copied(header, payload, self._staging))
             return header.digest
 
         try:
             if await self._reader.read(entry, copy) is None:
                 return
-            if self._segments.has_room(loans[0].header, waiting):
-                await self._append(loans)
+            if self._segments.has_room(copies[0].header, waiting):
+                await self._append(copies)
                 self._metrics.disk_forwarded_bytes.inc(entry.stored_bytes)
         except OSError as error:
             _log.warning("a block is lost with its segment: %s", error)
         finally:
-            for record in loans:
-                record.loan.give_back()
-
-
-def staged(block: Block, codec: Codec, staging: Staging, now_s: float) -> Staged | None:
-    """The record of a block. It owns its bytes: the write may outlive the block's buffer.
-
-    None for a block that holds what could be taken for other blocks' records.
-    """
-    header, payload = encode_block(block, codec, now_s=now_s)
-    if imitates_records(memoryview(payload)):
-        return None
-    loan = staging.borrow(PAGE_BYTES + pages(len(payload)))
-    end = PAGE_BYTES + len(payload)
-    loan.view[PAGE_BYTES:end] = payload
-    loan.view[end:] = bytes(len(loan.view) - end)
-    return Staged(header, loan)
+            for record in copies:
+                record.give_back()

@@ -91,7 +91,7 @@ def write_pages(files: Files, handle: int, packed: bytes, offset: int, staging: 
     """Writes whole pages that lie anywhere in memory."""
     with staging.lent(len(packed)) as buffer:
         buffer[:] = packed
-        files.write(handle, buffer, offset)
+        files.write(handle, [buffer], offset)
 
 
 def check_first_page(files: Files, handle: int, segment_id: int, staging: Staging) -> bool:
@@ -100,7 +100,7 @@ def check_first_page(files: Files, handle: int, segment_id: int, staging: Stagin
     Where it does not, its records still speak for themselves.
     """
     with staging.lent(PAGE_BYTES) as page:
-        count = files.read_into(handle, page, 0)
+        count = files.read_into(handle, [page], 0)
         first = bytes(page[:count])
     if first == pack_first_page(segment_id):
         return True
@@ -123,13 +123,13 @@ def read_footer(files: Files, handle: int, staging: Staging) -> list[Placed] | N
     if size < 2 * PAGE_BYTES or size % PAGE_BYTES:
         return None
     with staging.lent(PAGE_BYTES) as page:
-        if files.read_into(handle, page, size - PAGE_BYTES) != PAGE_BYTES:
+        if files.read_into(handle, [page], size - PAGE_BYTES) != PAGE_BYTES:
             return None
         magic, count, length, digest = _LAST.unpack(page[: _LAST.size])
     if magic != _LAST_MAGIC or length != count * _ENTRY.size or footer_bytes(count) > size:
         return None
     with staging.lent(pages(length)) as footer:
-        there = files.read_into(handle, footer, size - footer_bytes(count))
+        there = files.read_into(handle, [footer], size - footer_bytes(count))
         entries = footer[:length]
         if there < length or xxhash.xxh3_128_digest(entries) != digest:
             return None
@@ -143,7 +143,7 @@ def read_footer(files: Files, handle: int, staging: Staging) -> list[Placed] | N
     if not records or not all(_lies_before(end, place) for place in records):
         return None
     with staging.lent(PAGE_BYTES) as page:
-        there = files.read_into(handle, page, records[0].offset)
+        there = files.read_into(handle, [page], records[0].offset)
         first = records[0].header.pack()
         return records if there == PAGE_BYTES and page[:HEADER_BYTES] == first else None
 
@@ -165,7 +165,7 @@ def scan(files: Files, handle: int, staging: Staging) -> Iterator[Placed]:
         begins = ends = 0  # What of the file is in the window.
         while offset + PAGE_BYTES <= size:
             if not begins <= offset <= ends - PAGE_BYTES:
-                begins, ends = offset, offset + files.read_into(handle, window, offset)
+                begins, ends = offset, offset + files.read_into(handle, [window], offset)
                 if ends < offset + PAGE_BYTES:
                     return
             try:
@@ -202,6 +202,6 @@ def is_intact(files: Files, handle: int, place: Placed, size: int, staging: Stag
     if start + length > size:
         return False
     with staging.lent(pages(length)) as payload:
-        there = files.read_into(handle, payload[: pages(length)], start)
+        there = files.read_into(handle, [payload[: pages(length)]], start)
         digest = xxhash.xxh3_128_digest(payload[:length])
         return there >= length and digest == place.header.payload_digest

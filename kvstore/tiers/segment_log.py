@@ -147,9 +147,9 @@ class SegmentLog:
         self._placed += 1
         return place
 
-    def write(self, place: Placed, pages: memoryview) -> None:
+    def write(self, place: Placed, buffers: Sequence[memoryview]) -> None:
         """Writes a whole record where `place` says; may run beside other writes."""
-        self._files.write(self._handles[self._open_id], pages, place.offset)
+        self._files.write(self._handles[self._open_id], buffers, place.offset)
 
     def keep(self, written: Sequence[Placed]) -> None:
         """What was placed is over: `written`, in order, are the records that lie there now.
@@ -169,9 +169,9 @@ class SegmentLog:
             self._files.truncate(self._handles[segment_id], end)
             self._sizes[segment_id] = end
 
-    def read_into(self, segment_id: int, pages: memoryview, offset: int) -> int:
+    def read_into(self, segment_id: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Bytes of a segment; how many came. KeyError if it was dropped."""
-        return self._files.read_into(self._handles[segment_id], pages, offset)
+        return self._files.read_into(self._handles[segment_id], buffers, offset)
 
     def roll(self) -> None:
         """Seals the open segment and begins the next."""

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-PAGE_BYTES = 4096
+from kvstore.files import PAGE_BYTES, begins_on_a_page
 
 Fault = Callable[[str, str], None]
 """Called with operation and file name before each operation; may raise OSError."""
@@ -75,15 +75,20 @@ class SimulatedFiles:
     def size_bytes(self, handle: int) -> int:
         return len(self._file("size", handle).data)
 
-    def read_into(self, handle: int, pages: memoryview, offset: int) -> int:
-        data = self._file("read", handle).data[offset : offset + len(pages)]
-        pages[: len(data)] = data
-        return len(data)
+    def read_into(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        _assert_direct(buffers, offset)
+        data = self._file("read", handle).data
+        done = 0
+        for buffer in buffers:
+            part = data[offset + done : offset + done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
 
-    def write(self, handle: int, pages: memoryview, offset: int) -> None:
-        assert not (len(pages) % PAGE_BYTES or offset % PAGE_BYTES), "not in whole pages"
+    def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> None:
+        _assert_direct(buffers, offset)
         self._enter("write", self._handles[handle][0])
-        data = bytes(pages)
+        data = b"".join(buffers)
         file = self._handle(handle)
         growth = max(0, offset + len(data) - len(file.data))
         if self.room_bytes is not None and self.total_bytes + growth > self.room_bytes:
@@ -201,6 +206,14 @@ class SimulatedFiles:
             _overwrite(file.data, data, offset)
             file.unsafe.append((offset, data))
         self.peak_bytes = max(self.peak_bytes, self.total_bytes)
+
+
+def _assert_direct(buffers: Sequence[memoryview], offset: int) -> None:
+    """What a device asks of direct I/O, which the real twin would refuse or stage again."""
+    assert offset % PAGE_BYTES == 0, "not at a page"
+    for buffer in buffers:
+        assert len(buffer) % PAGE_BYTES == 0, "not in whole pages"
+        assert not buffer or begins_on_a_page(buffer), "not on a page"
 
 
 def _overwrite(target: bytearray, data: bytes, offset: int) -> None:

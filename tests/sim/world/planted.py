@@ -37,6 +37,7 @@ def _bug(name: str, *edits: tuple[str, str, str], quick: bool = False) -> Bug:
 
 
 _DISK, _LOG = "kvstore.tiers.disk:DiskTier", "kvstore.tiers.segment_log:SegmentLog"
+_READER = "kvstore.tiers.disk_reader:DiskReader"
 _WRITER = "kvstore.tiers.disk_writer:DiskWriter"
 _MEMORY, _TIERED = "kvstore.tiers.memory:Memory", "kvstore.tiers.tiered:Tiered"
 _NODE, _LEASES = "kvstore.node:Node", "kvstore.leases:LeaseTable"
@@ -51,7 +52,8 @@ _UNCHECKED = (
 BUGS = (
     _bug(
         "disk: what comes back is not checked",
-        (f"{_DISK}._load", "decode_block(", _UNCHECKED),
+        (f"{_READER}.load", "decode_block(", _UNCHECKED),
+        (f"{_READER}._fill", "check_payload(header, name, into)", "pass"),
     ),
     _bug(
         "redis: what comes back is not checked",
