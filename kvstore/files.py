@@ -48,6 +48,9 @@ class Files(Protocol):
     def sync(self, handle: int) -> None:
         """Returns when the file's bytes are on the device."""
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Gives a file a name that no other has; like a new name it is safe after a `sync`."""
+
     def remove(self, name: str) -> None:
         """Deletes the file."""
 
@@ -143,6 +146,9 @@ class DirectoryFiles:
     def sync(self, handle: int) -> None:
         os.fdatasync(handle)
         os.fsync(self._root)
+
+    def rename(self, name: str, new_name: str) -> None:
+        os.rename(name, new_name, src_dir_fd=self._root, dst_dir_fd=self._root)
 
     def remove(self, name: str) -> None:
         os.unlink(name, dir_fd=self._root)

@@ -51,6 +51,8 @@ class ThroughDisk:
         self._numbers = itertools.count()
         self._stored: dict[int, BlockRef] = {}
         self._is_filled = False
+        self._capacity_bytes = tier.usage()[0].capacity_bytes
+        self._put_bytes = 0
         # Digests are the writer's; whose name they are bound to does not matter to a tier.
         self._digests = [
             block_digest(_NAMESPACE, bytes(32), block) for block in ring.sources(range(ring.blocks))
@@ -75,8 +77,13 @@ class ThroughDisk:
         return cls(ring, tier, files, root, runner)
 
     async def prepare(self, op: str) -> None:
-        """Before a get every block is there."""
+        """Before a put the log is full, as in the long run; before a get every block is there.
+
+        The log then writes over what its oldest segments left, as the floor does over its file.
+        """
         if op == "put":
+            while self._put_bytes <= self._capacity_bytes:
+                await self.put(range(self._ring.blocks))
             self._is_filled = False
         elif not self._is_filled:
             await self.put(range(self._ring.blocks))
@@ -89,6 +96,7 @@ class ThroughDisk:
             for place, data in zip(places, self._ring.sources(places), strict=True)
         ]
         _check_all(await self._tier.store(blocks))
+        self._put_bytes += len(blocks) * self._ring.block_bytes
         await self._runner.run(self._sync_newest)
 
     async def get(self, places: range) -> None:

@@ -19,8 +19,8 @@ from kvstore.runner import Runner
 from kvstore.staging import Staging
 from kvstore.tiers.disk_index import DiskIndex, Entry, survivors
 from kvstore.tiers.disk_reader import DiskReader
-from kvstore.tiers.segment import Placed
-from kvstore.tiers.segment_log import SEQUENCE_BITS, Found, SegmentLog
+from kvstore.tiers.segment import SEQUENCE_BITS, Placed
+from kvstore.tiers.segment_log import Found, SegmentLog
 from kvstore.tiers.staged import Staged
 
 _log = logging.getLogger("kvstore.disk")
@@ -76,9 +76,6 @@ class DiskWriter:
 
     def recover(self, records: list[Found]) -> None:
         """Takes up where the records that were found leave off, and fills the index."""
-        # Segments that could not be read have numbers of their own: none may be given again.
-        self._sequence = self._segments.last_id << SEQUENCE_BITS
-        self._sequence = max([self._sequence, *(found.sequence for found in records)])
         self._forgets = max((found.forgets for found in records), default=0)
         if self._segments.unread_id > max((found.segment_id for found in records), default=0):
             _log.warning("what the newest segment forgot is unknown: the disk begins empty")
@@ -248,18 +245,23 @@ class DiskWriter:
                 record.give_back()
 
     async def _yield_oldest(self) -> bool:
-        """Gives up the oldest segment; False if there is none, or it would not help.
+        """Gives up a spare file, or the oldest segment; False where that cannot help.
 
         What we have of a volume that others fill is the room there is: new blocks in place of the
         oldest are worth more than a tier that takes nothing. But where two segments' room did not
         help, more would not either.
         """
         oldest = self._segments.oldest_sealed()
-        if oldest is None or self._yielded_bytes >= 2 * self._segments.segment_bytes:
+        if self._yielded_bytes >= 2 * self._segments.segment_bytes:
             return False
-        _log.warning("disk: the volume is full, segment %d makes room", oldest)
         before_bytes = self._segments.used_bytes
-        await self._drop(oldest)
+        if self._segments.has_spare:
+            await self._runner.run(self._segments.remove_spare)
+        elif oldest is not None:
+            _log.warning("disk: the volume is full, segment %d makes room", oldest)
+            await self._drop(oldest, reuse=False)
+        else:
+            return False
         self._yielded_bytes += before_bytes - self._segments.used_bytes
         return True
 
@@ -282,7 +284,7 @@ class DiskWriter:
                 await self._make_room(header)
                 if self._is_superfluous(header, names):
                     continue  # The parent left with the segment that had to go.
-            self._sequence += 1
+            self._sequence = max(self._sequence, self._segments.open_id << SEQUENCE_BITS) + 1
             forgets = self._forgets if header.kind is Kind.BLOCK else header.forgets
             header = header.resequenced(self._sequence, forgets)
             place = self._segments.place(header)
@@ -348,7 +350,7 @@ class DiskWriter:
                     forwarded.append((entry, entry.page))
                     await self._forward(entry, header)
             try:
-                await self._drop(oldest)
+                await self._drop(oldest, reuse=True)
             except OSError:
                 if self._segments.doubtful:
                     # The copies may never come to the device. What they were made of is there.
@@ -356,9 +358,9 @@ class DiskWriter:
                         self._index.move_back(entry, oldest, page)
                 raise
 
-    async def _drop(self, segment_id: int) -> None:
+    async def _drop(self, segment_id: int, *, reuse: bool) -> None:
         self._index.drop_segment(segment_id)
-        await self._runner.run(partial(self._segments.drop, segment_id))
+        await self._runner.run(partial(self._segments.drop, segment_id, reuse=reuse))
         self._metrics.disk_segments_dropped.inc()
 
     async def _forward(self, entry: Entry, waiting: Header) -> None:

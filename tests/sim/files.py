@@ -48,7 +48,7 @@ class SimulatedFiles:
         """The most that the files ever took together, as a reader of their sizes sees it."""
         self._names: dict[str, _File] = {}
         self._safe_names: dict[str, _File] = {}
-        self._changes: list[tuple[str, _File | None]] = []
+        self._changes: list[dict[str, _File | None]] = []
         self._handles: dict[int, tuple[str, _File]] = {}
         self._next_handle = 100
         self._off = False
@@ -65,7 +65,7 @@ class SimulatedFiles:
             if name in self._names:
                 raise FileExistsError(errno.EEXIST, "exists", name)
             self._names[name] = _File()
-            self._changes.append((name, self._names[name]))
+            self._changes.append({name: self._names[name]})
         elif name not in self._names:
             raise FileNotFoundError(errno.ENOENT, "missing", name)
         self._next_handle += 1
@@ -110,10 +110,16 @@ class SimulatedFiles:
         file.safe, file.unsafe = bytes(file.data), []
         self._safe_names, self._changes = dict(self._names), []
 
+    def rename(self, name: str, new_name: str) -> None:
+        self._enter("rename", name)
+        assert new_name not in self._names, "a file is replaced"
+        file = self._names[new_name] = self._names.pop(name)
+        self._changes.append({name: None, new_name: file})
+
     def remove(self, name: str) -> None:
         self._enter("remove", name)
         del self._names[name]
-        self._changes.append((name, None))
+        self._changes.append({name: None})
 
     def close(self, handle: int) -> None:
         self._handles.pop(handle, None)
@@ -159,14 +165,15 @@ class SimulatedFiles:
         """The machine goes down and comes up: of what was not synced, some is lost or torn.
 
         Without `rng` it is the worst that is allowed: every unsynced byte is lost, and every file
-        that was removed is gone.
+        that was removed or renamed is so.
         """
         survived = dict(self._safe_names)
-        for name, file in self._changes[: rng.randint(0, len(self._changes)) if rng else None]:
-            if file is None:
-                survived.pop(name, None)
-            else:
-                survived[name] = file
+        for change in self._changes[: rng.randint(0, len(self._changes)) if rng else None]:
+            for name, file in change.items():
+                if file is None:
+                    survived.pop(name, None)
+                else:
+                    survived[name] = file
         for file in {id(file): file for file in survived.values()}.values():
             file.data = _after_crash(file, rng) if rng else bytearray(file.safe)
             file.safe, file.unsafe = bytes(file.data), []

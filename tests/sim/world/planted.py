@@ -176,12 +176,7 @@ BUGS = (
     ),
     _bug(
         "sequence numbers begin again after a start",
-        (f"{_WRITER}.recover", "self._segments.last_id << SEQUENCE_BITS", "0"),
-        (
-            f"{_WRITER}.recover",
-            "max([self._sequence, *(found.sequence for found in records)])",
-            "0",
-        ),
+        (f"{_WRITER}._append", "self._segments.open_id << SEQUENCE_BITS", "0"),
     ),
     _bug(
         "recovery believes a torn tail",
