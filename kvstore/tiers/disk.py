@@ -25,14 +25,14 @@ from kvstore.tiers.disk_index import DiskIndex, Entry
 from kvstore.tiers.disk_reader import TIER, DiskReader, judge
 from kvstore.tiers.disk_writer import DiskWriter
 from kvstore.tiers.segment_log import SegmentLog
-from kvstore.tiers.staged import stage
+from kvstore.tiers.staged import Staged, stage
 
 _log = logging.getLogger("kvstore.disk")
 
 GROUP_BYTES = 16 << 20
 """So much of a batch is copied, or encoded, and written at once."""
 KEPT_PART = 4
-"""A block that can be written from where it lies counts as so much less: most need no memory."""
+"""A block that may be written from where it lies counts as so much less: most take no memory."""
 STAGING_BYTES = 64 << 20
 """So much of the memory that this takes is kept for the next."""
 SCRUB_PAUSE_S = 0.1
@@ -121,10 +121,20 @@ class DiskTier:
         return [answer if isinstance(answer, Loaded) else None for answer in answers]
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
-        held: list[bool] = []
-        for group in _groups(blocks):
-            held += await self._store(group)
-        return held
+        fresh = [block for block in self._rooted(blocks) if self._find(block.ref) is None]
+        waiting: list[Staged] = []
+        try:
+            for group in _groups(fresh):
+                waiting += await self._staged(group)
+                if sum(record.borrowed_bytes for record in waiting) >= GROUP_BYTES:
+                    records, waiting = waiting, []
+                    await self._writer.append(records)
+            records, waiting = waiting, []
+            await self._writer.append(records)
+        finally:
+            for record in waiting:
+                record.give_back()
+        return [self._find(block.ref) is not None for block in blocks]
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
         return await self._writer.forget_blocks([block_name(ref) for ref in refs])
@@ -202,16 +212,12 @@ class DiskTier:
                 self._metrics.corrupt.labels(self.name).inc()
                 self._index.remove([entry.name])
 
-    async def _store(self, blocks: Sequence[Block]) -> list[bool]:
-        """Encodes a few blocks side by side and appends them."""
-        fresh = [block for block in self._rooted(blocks) if self._find(block.ref) is None]
-        if fresh:
-            encode = partial(stage, codec=self._codec, staging=self._staging)
-            now_s = self._clock.wall_s()
-            work = [self._runner.run(partial(encode, block, now_s=now_s)) for block in fresh]
-            records = [record for record in await asyncio.gather(*work) if record is not None]
-            await self._writer.append(records)
-        return [self._find(block.ref) is not None for block in blocks]
+    async def _staged(self, blocks: Sequence[Block]) -> list[Staged]:
+        """The records of a few blocks, which are encoded side by side."""
+        encode = partial(stage, codec=self._codec, staging=self._staging)
+        now_s = self._clock.wall_s()
+        work = [self._runner.run(partial(encode, block, now_s=now_s)) for block in blocks]
+        return [record for record in await asyncio.gather(*work) if record is not None]
 
     def _rooted(self, blocks: Sequence[Block]) -> list[Block]:
         """The blocks whose parent is here, or among them."""

@@ -47,6 +47,11 @@ class Staged:
         loan = staging.borrow(PAGE_BYTES + pages(len(block.data) % PAGE_BYTES))
         return cls(header, loan, block.data, keeper)
 
+    @property
+    def borrowed_bytes(self) -> int:
+        """How much memory it takes beside its block's."""
+        return len(self._loan.view)
+
     def hold(self) -> None:
         """Keeps the block in its place from here on, while its caller still does."""
         if self._keeper is not None:
