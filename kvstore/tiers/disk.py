@@ -129,8 +129,9 @@ class DiskTier:
                 if sum(record.borrowed_bytes for record in waiting) >= GROUP_BYTES:
                     records, waiting = waiting, []
                     await self._writer.append(records)
-            records, waiting = waiting, []
-            await self._writer.append(records)
+            if waiting:
+                records, waiting = waiting, []
+                await self._writer.append(records)
         finally:
             for record in waiting:
                 record.give_back()

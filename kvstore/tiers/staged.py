@@ -18,7 +18,7 @@ class Staged:
     borrowed page. Call `give_back` in the event loop when it is written, or will not be.
     """
 
-    __slots__ = ("_keeper", "_kept", "_loan", "header")
+    __slots__ = ("_held", "_keeper", "_kept", "_loan", "header")
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class Staged:
         self._loan = loan
         self._kept = kept
         self._keeper = keeper
+        self._held = False
 
     @classmethod
     def copied(cls, header: Header, payload: memoryview | bytes, staging: Staging) -> "Staged":
@@ -56,6 +57,7 @@ class Staged:
         """Keeps the block in its place from here on, while its caller still does."""
         if self._keeper is not None:
             self._keeper.hold()
+            self._held = True
 
     def completed(self, header: Header) -> tuple[Header, Sequence[memoryview]] | None:
         """The header as it is written, which is `header` and what depends on the bytes; the pages.
@@ -82,9 +84,9 @@ class Staged:
     def give_back(self) -> None:
         """Ends the loan, and lets go of the block; later calls change nothing."""
         self._loan.give_back()
-        keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            keeper.release()
+        if self._keeper is not None and self._held:
+            self._held = False
+            self._keeper.release()
 
 
 def stage(block: Block, codec: Codec, staging: Staging, now_s: float) -> Staged | None:
