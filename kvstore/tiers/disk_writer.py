@@ -33,7 +33,7 @@ SYNCED_EACH = 64
 """Forget records of longer discards are synced together, which costs others less time."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 WRITES_AT_ONCE = 4
-"""So many records are being written at most; more is no faster, and readers need threads too."""
+"""So many threads write a batch at most; more are no faster, and readers need threads too."""
 
 
 def _nothing() -> None:
@@ -71,7 +71,6 @@ class DiskWriter:
         self._no_room = False
         """Not everything of the last batch could be written, for want of room."""
         self._writing = asyncio.Lock()
-        self._slots = asyncio.Semaphore(WRITES_AT_ONCE)
         self._changes: set[asyncio.Task[object]] = set()
 
     def recover(self, records: list[Found]) -> None:
@@ -304,34 +303,40 @@ class DiskWriter:
     async def _write(self, placed: Sequence[tuple[Placed, Staged]]) -> list[Placed]:
         if not placed:
             return []
-        work = [self._write_one(place, record) for place, record in placed]
-        outcomes = await asyncio.gather(*work, return_exceptions=True)
-        written = [outcome for outcome in outcomes if isinstance(outcome, Placed)]
+        outcomes: dict[int, Placed | Exception | None] = {}
+        waiting = iter(range(len(placed)))  # Threads take turns at it, one `next` at a time.
+
+        def write() -> None:
+            for number in waiting:
+                outcomes[number] = self._write_one(*placed[number])
+
+        threads = min(WRITES_AT_ONCE, len(placed))
+        await asyncio.gather(*(self._runner.run(write) for _ in range(threads)))
+        in_order = [outcomes[number] for number in range(len(placed))]
+        written = [outcome for outcome in in_order if isinstance(outcome, Placed)]
         await self._runner.run(partial(self._segments.keep, written))
         for place in written:
             header = place.header
             parent_here = header.parent is None or self._index.find(header.parent) is not None
             if header.kind is Kind.BLOCK and parent_here:
                 self._index.insert(Found.of(place, self._segments.open_id))
-        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        errors = [outcome for outcome in in_order if isinstance(outcome, Exception)]
         self._no_room |= any(isinstance(e, OSError) and e.errno in NO_ROOM for e in errors)
         if errors and (not written or not isinstance(errors[0], OSError)):
             raise errors[0]
         return written
 
-    async def _write_one(self, place: Placed, record: Staged) -> Placed | None:
-        """Where and with which header a record lies now; None if it is refused."""
-
-        def write() -> Placed | None:
+    def _write_one(self, place: Placed, record: Staged) -> Placed | Exception | None:
+        """Where and with which header a record lies now; why it does not; None if it is refused."""
+        try:
             completed = record.completed(place.header)
             if completed is None:
                 return None
             header, buffers = completed
             self._segments.write(place, buffers)
-            return Placed(place.offset, header)
-
-        async with self._slots:
-            return await self._runner.run(write)
+        except Exception as error:  # noqa: BLE001 - it is said of this record, not of the others
+            return error
+        return Placed(place.offset, header)
 
     async def _make_room(self, header: Header) -> None:
         """Seals the open segment, begins another with room for a record, drops the oldest."""

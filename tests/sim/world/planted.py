@@ -179,6 +179,20 @@ BUGS = (
         (f"{_WRITER}._append", "self._segments.open_id << SEQUENCE_BITS", "0"),
     ),
     _bug(
+        "a segment believes what its file was before",
+        ("kvstore.tiers.segment:scan", "header.sequence in numbers and", ""),
+        (
+            "kvstore.tiers.segment:read_footer",
+            "if not all(place.header.sequence in numbers for place in records):",
+            "if False:",
+        ),
+    ),
+    _bug(
+        "a slot goes back while a thread still needs it",
+        ("kvstore.held:HeldSlot.hold", "self._memory.pin(self._slot)", "pass"),
+        ("kvstore.held:HeldSlot.release", "self._memory.unpin(self._slot)", "pass"),
+    ),
+    _bug(
         "recovery believes a torn tail",
         (
             "kvstore.tiers.segment:is_intact",
