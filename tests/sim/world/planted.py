@@ -188,11 +188,6 @@ BUGS = (
         ),
     ),
     _bug(
-        "a slot goes back while a thread still needs it",
-        ("kvstore.held:HeldSlot.hold", "self._memory.pin(self._slot)", "pass"),
-        ("kvstore.held:HeldSlot.release", "self._memory.unpin(self._slot)", "pass"),
-    ),
-    _bug(
         "recovery believes a torn tail",
         (
             "kvstore.tiers.segment:is_intact",
