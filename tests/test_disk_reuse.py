@@ -175,3 +175,19 @@ async def test_a_full_volume_takes_the_file_that_waits_first(rig: Rig) -> None:
     assert set(segment_ids(files.names())) == before
     files.room_bytes = None
     await serves(tier, "after", 12)
+
+
+async def test_a_sealed_segment_ends_with_its_footer(rig: Rig) -> None:
+    """However long its file was before: a start reads footers, and walks through nothing."""
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    blocks = await fill(tier, "first", 30)
+    blocks += chain("last", 1)
+    await tier.store(blocks[-1:])
+    here = await present(tier, blocks)
+    await close(rig, files, tier)
+    files.done.clear()
+    tier = await small(rig, files)
+    assert files.done["read"] <= 4 * len(files.names())
+    assert files.done["truncate"] == 0, "a segment had to be looked through, and cut"
+    assert await present(tier, blocks) == here
