@@ -32,17 +32,17 @@ class SlowFiles(DirectoryFiles):
         super().__init__(home, direct=False)
         self._bytes_per_s = bytes_per_s
 
-    def read_into(self, handle: int, pages: memoryview, offset: int) -> int:
-        self._wait(len(pages))
-        return super().read_into(handle, pages, offset)
+    def read_into(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self._wait(buffers)
+        return super().read_into(handle, buffers, offset)
 
-    def write(self, handle: int, pages: memoryview, offset: int) -> None:
-        self._wait(len(pages))
-        super().write(handle, pages, offset)
+    def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> None:
+        self._wait(buffers)
+        super().write(handle, buffers, offset)
 
-    def _wait(self, size: int) -> None:
+    def _wait(self, buffers: Sequence[memoryview]) -> None:
         if self._bytes_per_s:
-            time.sleep(size / self._bytes_per_s)
+            time.sleep(sum(map(len, buffers)) / self._bytes_per_s)
 
 
 async def put_and_get_s(codec: str, blocks: Sequence[bytes], bytes_per_s: float) -> float:

@@ -1,15 +1,18 @@
 """The seam of files: the disk tier reaches its directory through `Files` alone.
 
-Reads and writes are of whole pages, at page offsets, from and to memory that begins on a page
-(`kvstore.staging`), so that they can go past the page cache.
+Reads and writes are of whole pages, at page offsets, from and to one or more buffers of whole
+pages that begin on a page (`kvstore.staging`, slots of the arena), so that they can go past the
+page cache.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import logging
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,17 +36,20 @@ class Files(Protocol):
     def size_bytes(self, handle: int) -> int:
         """How long the file is."""
 
-    def read_into(self, handle: int, pages: memoryview, offset: int) -> int:
-        """Fills `pages` and says how many bytes came; fewer only at the file's end."""
+    def read_into(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fills the buffers in turn, says how many bytes came; fewer only at the file's end."""
 
-    def write(self, handle: int, pages: memoryview, offset: int) -> None:
-        """Writes all of `pages`."""
+    def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> None:
+        """Writes all of the buffers, one behind the other."""
 
     def truncate(self, handle: int, size: int) -> None:
         """Cuts the file."""
 
     def sync(self, handle: int) -> None:
         """Returns when the file's bytes are on the device."""
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Gives a file a name that no other has; like a new name it is safe after a `sync`."""
 
     def remove(self, name: str) -> None:
         """Deletes the file."""
@@ -116,19 +122,19 @@ class DirectoryFiles:
     def size_bytes(self, handle: int) -> int:
         return os.fstat(handle).st_size
 
-    def read_into(self, handle: int, pages: memoryview, offset: int) -> int:
-        done = 0
-        while done < len(pages):
-            count = os.preadv(handle, [pages[done:]], offset + done)
+    def read_into(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        done, size = 0, sum(map(len, buffers))
+        while done < size:
+            count = os.preadv(handle, _behind(buffers, done), offset + done)
             done += count
             if count == 0 or done % SECTOR_BYTES:  # The file ends here.
                 break
         return done
 
-    def write(self, handle: int, pages: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(pages):
-            count = os.pwrite(handle, pages[done:], offset + done)
+    def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> None:
+        done, size = 0, sum(map(len, buffers))
+        while done < size:
+            count = os.pwritev(handle, _behind(buffers, done), offset + done)
             if count < SECTOR_BYTES:
                 raise OSError(errno.EIO, "nothing more was written")
             # Past the cache, what follows a short write must begin a sector.
@@ -141,11 +147,31 @@ class DirectoryFiles:
         os.fdatasync(handle)
         os.fsync(self._root)
 
+    def rename(self, name: str, new_name: str) -> None:
+        os.rename(name, new_name, src_dir_fd=self._root, dst_dir_fd=self._root)
+
     def remove(self, name: str) -> None:
         os.unlink(name, dir_fd=self._root)
 
     def close(self, handle: int) -> None:
         os.close(handle)
+
+
+def begins_on_a_page(buffer: memoryview) -> bool:
+    """Whether direct I/O can use the buffer. One that is read-only counts as not."""
+    if buffer.readonly or not len(buffer):
+        return False
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % PAGE_BYTES == 0
+
+
+def _behind(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of the buffers behind the first `done` bytes."""
+    left = []
+    for buffer in buffers:
+        if done < len(buffer):
+            left.append(buffer[done:])
+        done = max(0, done - len(buffer))
+    return left
 
 
 def _close(handle: int) -> None:

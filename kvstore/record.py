@@ -107,10 +107,15 @@ class Header:
 
 
 def encode_block(
-    block: Block, codec: Codec, *, now_s: float, ttl_s: int = 0
+    block: Block, codec: Codec, *, now_s: float, ttl_s: int = 0, digest_raw: bool = True
 ) -> tuple[Header, memoryview | bytes]:
-    """The record of a block: header and payload (`block.data` itself where nothing is gained)."""
+    """The record of a block: header and payload (`block.data` itself where nothing is gained).
+
+    Without `digest_raw` the header of a payload that is `block.data` itself lacks its digest, see
+    `with_payload_digest`.
+    """
     codec_id, payload, digest = codec.encode(block)
+    digested = b"" if payload is block.data and not digest_raw else payload
     header = Header(
         codec=codec_id,
         block_bytes=len(block.data),
@@ -121,9 +126,14 @@ def encode_block(
         name=block_name(block.ref),
         parent=block_name(block.parent) if block.parent is not None else None,
         digest=digest,
-        payload_digest=xxhash.xxh3_128_digest(payload),
+        payload_digest=xxhash.xxh3_128_digest(digested),
     )
     return header, payload
+
+
+def with_payload_digest(header: Header, payload: memoryview) -> Header:
+    """The same header for this payload, whose length it knows already."""
+    return replace(header, payload_digest=xxhash.xxh3_128_digest(payload))
 
 
 def decode_block(header: Header, name: bytes, payload: memoryview, into: memoryview) -> bytes:

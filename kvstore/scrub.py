@@ -46,13 +46,13 @@ def check_directory(files: Files) -> Iterator[Checked]:
 def _check_segment(files: Files, handle: int, segment_id: int, staging: Staging) -> Checked:
     name, size = file_name(segment_id), files.size_bytes(handle)
     try:
-        intact = check_first_page(files, handle, segment_id, staging)
+        intact, numbers = check_first_page(files, handle, segment_id, staging)
     except Damaged as error:
         return Checked(name, False, 0, size, 0, [f"{error}: the next start deletes the file"])
     problems = [] if intact else ["its first page is not as written; its records are looked at"]
-    records = read_footer(files, handle, staging)
+    records = read_footer(files, handle, numbers, staging)
     if records is None:
-        return _walked(name, size, list(scan(files, handle, staging)), problems)
+        return _walked(name, size, list(scan(files, handle, numbers, staging)), problems)
     damaged = [
         f"the record at {place.offset} is not as written: its block is a miss"
         for place in records
@@ -79,7 +79,7 @@ def _blocks(records: list[Placed]) -> int:
 
 def _is_as_listed(files: Files, handle: int, place: Placed, size: int, staging: Staging) -> bool:
     with staging.lent(PAGE_BYTES) as page:
-        if files.read_into(handle, page, place.offset) < PAGE_BYTES:
+        if files.read_into(handle, [page], place.offset) < PAGE_BYTES:
             return False
         try:
             header = Header.unpack(page[:HEADER_BYTES])

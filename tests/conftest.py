@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NODE_NEEDS = ("numcodecs", "prometheus_client", "pydantic", "redis", "grpc_health")
 NODE_TESTS = (
     "tier_contract", "keys", "wire", "record", "slabs", "memory", "policy", "disk", "disk_recovery",
-    "redis_tier",
+    "disk_direct", "disk_reuse", "redis_tier",
     "tiered", "lending", "admission", "guarded", "node", "grpc", "config", "tenants",
     "serve_process", "proofs_service", "simulator", "policy_order", "policy_proofs",
     "replay_command", "replay_files", "replay_optimum", "plan", "calls", "digests",

@@ -12,7 +12,7 @@ from kvstore.cli import main
 from kvstore.files import DirectoryFiles
 
 
-def hang(self: DirectoryFiles, handle: int, pages: memoryview, offset: int) -> None:
+def hang(self: DirectoryFiles, handle: int, buffers: object, offset: int) -> None:
     """As a thread hangs in the kernel: nothing wakes it."""
     threading.Event().wait()
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from benchmarks.crash.nursery import fork_for_each_line
-from kvstore.tiers import disk
+from kvstore.tiers.disk_writer import DiskWriter
 from kvstore.tiers.segment_log import SegmentLog
 
 
@@ -17,7 +17,7 @@ def forget_in_memory_only() -> None:
     async def forget(self: Any, headers: object) -> None:
         return
 
-    target: Any = disk.DiskTier
+    target: Any = DiskWriter
     target._forget = forget
 
 

@@ -17,6 +17,7 @@ from kvstore.names import block_name
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_index import Entry
 from kvstore.tiers.segment import file_name, segment_ids
+from kvstore.tiers.segment_log import SPARE
 from tests.disk_rig import (
     MINE,
     RECORD_BYTES,
@@ -384,7 +385,7 @@ async def script(tier: DiskTier, rng: random.Random) -> tuple[set[BlockRef], set
 
 TINY_SEGMENT = 1 << 15
 TINY_CAPACITY = 5 * TINY_SEGMENT
-CHANGES = ["open", "write", "truncate", "sync", "remove"]
+CHANGES = ["open", "write", "truncate", "sync", "rename", "remove"]
 
 
 async def tiny(rig: Rig, files: SimulatedFiles) -> DiskTier:
@@ -419,7 +420,8 @@ async def test_an_error_anywhere_leaves_the_tier_working(rig: Rig, rng: random.R
         assert sum(files.injected.values()) == 1
         await serves(tier, "after", 3)
         assert files.peak_bytes <= TINY_CAPACITY, f"operation {number}"
-        assert len(files.names()) == files.open_handles == tier._segments.count
+        assert len(segment_ids(files.names())) == files.open_handles == tier._segments.count
+        assert {SPARE} >= {name for name in files.names() if not segment_ids([name])}
         kill(rig, files, tier)
         tier = await tiny(rig, files)
         await load_all(tier, of_their_length(tier, everything()))
@@ -518,13 +520,15 @@ async def test_what_cannot_be_cut_off_is_counted(rig: Rig) -> None:
     assert files.peak_bytes <= SMALL_CAPACITY
 
 
-@pytest.mark.parametrize("operation", ["sync", "remove", "read", "open", "write"])
+@pytest.mark.parametrize("operation", ["sync", "rename", "remove", "read", "open", "write"])
 async def test_a_lasting_fault_never_costs_more_room(rig: Rig, operation: str) -> None:
     """A device that keeps failing one kind of operation does not make the files outgrow it."""
     files = SimulatedFiles()
     tier = await small(rig, files)
     await serves(tier, "before", 12)
-    files.fault = FailAlways(errno.EIO, [operation])
+    # A file is removed where it cannot be kept for later.
+    operations = ["remove", "rename"] if operation == "remove" else [operation]
+    files.fault = FailAlways(errno.EIO, operations)
     for number in range(30):
         blocks = chain(f"{number}", 4)
         await attempt(tier.store(blocks))

@@ -20,7 +20,7 @@ from benchmarks.proof import Finding, Proof, Setting
 from benchmarks.tally import Tally
 from kvstore import record
 from kvstore.api.digest import DIGEST_BYTES
-from kvstore.tiers import disk, redis_parts, segment, segment_log
+from kvstore.tiers import disk_reader, disk_writer, redis_parts, segment, segment_log
 
 PROOFS = [
     mutations.PROOF,
@@ -76,7 +76,7 @@ def believe_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
         into[:] = payload
         return header.digest
 
-    for module in (harm_records, disk, redis_parts):
+    for module in (harm_records, disk_reader, redis_parts):
         monkeypatch.setattr(module, "decode_block", decode)
     monkeypatch.setattr(redis_parts, "check_payload", check)
 
@@ -153,7 +153,7 @@ def test_a_forget_record_that_is_not_written_is_found(
     async def forget(self: object, headers: object) -> None:
         return
 
-    monkeypatch.setattr(disk.DiskTier, "_forget", forget)
+    monkeypatch.setattr(disk_writer.DiskWriter, "_forget", forget)
     assert "forgotten is back" in str(killed(40, seed).details)
 
 

@@ -242,8 +242,11 @@ async def test_a_tier_reports_what_its_link_moves(rig: Rig, redis_url: str, code
             seen.append((way, size))
 
         tier_codec.moved = moved  # type: ignore[method-assign, assignment]
-        tier = rig.redis(redis_url) if name == "redis" else await rig.disk()
-        tier._codec = tier_codec
+        tier = (
+            rig.redis(redis_url, codec=tier_codec)
+            if name == "redis"
+            else await rig.disk(codec=tier_codec)
+        )
         block = block_with(kv_bytes(random.Random(1), 10_000))
         assert await tier.store([block]) == [True]
         into = memoryview(bytearray(len(block.data)))

@@ -28,6 +28,11 @@ class Durability:
         """A call was made and gave this."""
         if call.name == "open" and isinstance(answer, int):
             self._names[answer] = str(call.arguments[0])
+        elif call.name == "rename":
+            old, new = map(str, call.arguments)
+            self._dirty[new] = self._dirty.pop(old, set())
+            self._lost[new] = self._lost.pop(old, set())
+            self._names = {h: new if name == old else name for h, name in self._names.items()}
         elif call.name in WRITES and isinstance(answer, int):
             self._written(call, answer)
         elif call.name == "ftruncate":

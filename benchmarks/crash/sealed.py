@@ -14,8 +14,10 @@ from benchmarks.harm.segment_image import (
     BLOCK_KIND,
     FORGET_BLOCK,
     FORGET_NAMESPACE,
+    SEQUENCE_BITS,
     Place,
     SegmentImage,
+    sequence_of,
 )
 
 
@@ -55,9 +57,13 @@ def has_footer(image: SegmentImage, file: str) -> bool:
     if len(data) < 2 * PAGE_BYTES or len(data) % PAGE_BYTES:
         return False
     start, count = image.footer(file)
+    if not count:
+        return False
     entries = data[start : start + count * struct.calcsize("<Q256s")]
     digest = data[-PAGE_BYTES:][24:40]
-    return start > 0 and xxhash.xxh3_128_digest(entries) == digest
+    # Else it is what was left of the segment that the file was before.
+    own = sequence_of(entries[8:]) >> SEQUENCE_BITS == int(file.partition(".")[0], 16)
+    return start > 0 and own and xxhash.xxh3_128_digest(entries) == digest
 
 
 def _rooted(name: bytes, latest: Mapping[bytes, tuple[Place, bool]]) -> bool:

@@ -4,7 +4,8 @@ At the level of the tier, because above it gRPC is the narrower way. Several cli
 calls at a time in one process, as they are in a node. A put is over once the bytes are on the
 device: after the store, the segment that it wrote to is synced. Every put is of new blocks, and
 the log drops its oldest segments as it would in the long run. A get is cold: the files are opened
-past the page cache, where the file system can.
+past the page cache, where the file system can. Buffers are the ring's: like slots of a node's arena
+they begin on a page and have keepers, so that bytes move straight from and to them.
 """
 
 import hashlib
@@ -50,6 +51,8 @@ class ThroughDisk:
         self._numbers = itertools.count()
         self._stored: dict[int, BlockRef] = {}
         self._is_filled = False
+        self._capacity_bytes = tier.usage()[0].capacity_bytes
+        self._put_bytes = 0
         # Digests are the writer's; whose name they are bound to does not matter to a tier.
         self._digests = [
             block_digest(_NAMESPACE, bytes(32), block) for block in ring.sources(range(ring.blocks))
@@ -74,8 +77,13 @@ class ThroughDisk:
         return cls(ring, tier, files, root, runner)
 
     async def prepare(self, op: str) -> None:
-        """Before a get every block is there."""
+        """Before a put the log is full, as in the long run; before a get every block is there.
+
+        The log then writes over what its oldest segments left, as the floor does over its file.
+        """
         if op == "put":
+            while self._put_bytes <= self._capacity_bytes:
+                await self.put(range(self._ring.blocks))
             self._is_filled = False
         elif not self._is_filled:
             await self.put(range(self._ring.blocks))
@@ -84,16 +92,20 @@ class ThroughDisk:
     async def put(self, places: range) -> None:
         """Out of the ring, onto the device."""
         blocks = [
-            Block(self._renamed(place), None, self._digests[place], data)
+            Block(self._renamed(place), None, self._digests[place], data, _RingKeeper())
             for place, data in zip(places, self._ring.sources(places), strict=True)
         ]
         _check_all(await self._tier.store(blocks))
+        self._put_bytes += len(blocks) * self._ring.block_bytes
         await self._runner.run(self._sync_newest)
 
     async def get(self, places: range) -> None:
         """Into the ring."""
         targets = self._ring.targets(places)
-        loads = [Load(self._stored[p], into) for p, into in zip(places, targets, strict=True)]
+        loads = [
+            Load(self._stored[p], into, _RingKeeper())
+            for p, into in zip(places, targets, strict=True)
+        ]
         _check_all(await self._tier.load(loads))
 
     async def close(self) -> None:
@@ -117,6 +129,23 @@ class ThroughDisk:
             os.fdatasync(handle)
         finally:
             os.close(handle)
+
+
+class _RingKeeper:
+    """Holds a buffer of the ring, which outlives the tier, as a node holds a slot of its arena."""
+
+    def __init__(self) -> None:
+        self._holds = 0
+
+    @property
+    def held(self) -> bool:
+        return self._holds > 0
+
+    def hold(self) -> None:
+        self._holds += 1
+
+    def release(self) -> None:
+        self._holds -= 1
 
 
 def _check_all(answers: Sequence[object]) -> None:

@@ -25,6 +25,7 @@ from benchmarks.harm.mutants import (
 )
 
 SUFFIX = ".segment"
+SEQUENCE_BITS = 32
 BLOCK_KIND, FORGET_BLOCK, FORGET_NAMESPACE = 1, 2, 3
 _RECORD_MAGIC = b"KVSR"
 _LAST_MAGIC = b"KVSTEND1"
@@ -75,6 +76,8 @@ class SegmentImage:
         data, offset, found = self.files[file], PAGE_BYTES, []
         while offset + PAGE_BYTES <= len(data):
             place = place_of(file, data[offset : offset + HEADER_BYTES], offset)
+            if place is not None and place.sequence >> SEQUENCE_BITS != int(file[:16], 16):
+                place = None  # Of the segment that the file was before.
             if place is not None:
                 found.append(place)
             offset += place.size if place is not None else PAGE_BYTES
@@ -116,11 +119,16 @@ def place_of(file: str, header: bytes, offset: int) -> Place | None:
     if header[:4] != _RECORD_MAGIC or xxhash.xxh3_128_digest(header[:240]) != header[240:]:
         return None
     flags = header[9]
-    sequence, _, stored_bytes = struct.unpack_from("<QQQ", header, 12)
+    sequence, (stored_bytes,) = sequence_of(header), struct.unpack_from("<Q", header, 28)
     size = PAGE_BYTES + -(-stored_bytes // PAGE_BYTES) * PAGE_BYTES
     parent = header[100:132] if flags & 1 else None
     tag, name = header[52:68], header[68:100]
     return Place(file, offset, size, header[6], tag, name, parent, sequence, stored_bytes)
+
+
+def sequence_of(header: bytes) -> int:
+    """The number of a record."""
+    return int.from_bytes(header[12:20], "little")
 
 
 # Harm to records in their segments. Each says which names it touched.

@@ -21,8 +21,30 @@ class BlockRef(NamedTuple):
     key: bytes
 
 
+class Keeper(Protocol):
+    """Lets a tier use a buffer longer than the call to which it was passed.
+
+    A thread at a device cannot be stopped when its caller gives up. Without a keeper its bytes
+    are copied; with one it reads or writes the buffer itself, and whose it is waits until nobody
+    holds it. All calls come from the event loop; every `hold` is followed by one `release`.
+    """
+
+    @property
+    def held(self) -> bool:
+        """Whether anybody still holds the buffer, and may yet read or write it."""
+
+    def hold(self) -> None:
+        """From now on the buffer stays what and where it is. Its call is still under way."""
+
+    def release(self) -> None:
+        """Ends one `hold`."""
+
+
 class Block(NamedTuple):
-    """A block on its way into a tier. `data` is read before `store` returns and never kept."""
+    """A block on its way into a tier.
+
+    `data` is read before `store` returns and never kept; with a keeper, as long as it is held.
+    """
 
     ref: BlockRef
     parent: BlockRef | None
@@ -30,17 +52,19 @@ class Block(NamedTuple):
     digest: bytes
     """As its writer computed it (`kvstore.api.digest`); travels with the bytes unchanged."""
     data: memoryview
+    keeper: Keeper | None = None
 
 
 class Load(NamedTuple):
     """A wish for a block. `into` is writable and exactly as long as the block.
 
-    The caller owns `into`. After `load` returned nothing writes to it any more; where the answer
-    is None its content is undefined.
+    The caller owns `into`. After `load` returned, or was cancelled, nothing writes to it any more
+    unless its keeper is still held; where the answer is None its content is undefined.
     """
 
     ref: BlockRef
     into: memoryview
+    keeper: Keeper | None = None
 
 
 class Loaded(NamedTuple):

@@ -12,7 +12,8 @@ T = TypeVar("T")
 class Beside:
     """`first` and `second` as one tier. `first` is the one that is cheaper to read.
 
-    A block that `first` turns out not to have, or to have damaged, is asked of `second`.
+    A block that `first` turns out not to have, or to have damaged, is asked of `second`; but not
+    if `first` was given up and may still write to its buffer, which would spoil what `second` read.
     """
 
     name = "beside"
@@ -31,7 +32,11 @@ class Beside:
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         answers = await self._first.load(loads)
-        missing = [index for index, answer in enumerate(answers) if answer is None]
+        missing = [
+            index
+            for index, (load, answer) in enumerate(zip(loads, answers, strict=True))
+            if answer is None and not (load.keeper is not None and load.keeper.held)
+        ]
         if missing:
             late = await self._second.load([loads[index] for index in missing])
             for index, answer in zip(missing, late, strict=True):

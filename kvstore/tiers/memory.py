@@ -23,7 +23,10 @@ SLABS_TO_TRY = 64
 
 
 class Slot(Member):
-    """A block's place in memory. `view` may be read while pinned, written until committed."""
+    """A block's place in memory. `view` may be read while pinned, written until committed.
+
+    It begins on a page, for direct I/O.
+    """
 
     __slots__ = ("_arena", "digest", "indexed", "offset", "parent", "pins", "ref", "size")
 
@@ -125,7 +128,10 @@ class Memory:
                 self.unpin(slot)
 
     def reserve(self, ref: BlockRef, size: int) -> Slot | None:
-        """An empty slot that only the caller knows, to be filled and committed; None if full."""
+        """An empty slot that only the caller knows, to be filled and committed; None if full.
+
+        Who pins it before that gives it back by `unpin`.
+        """
         offset = self._slabs.allocate(size)
         if offset is None:
             return None
@@ -156,8 +162,9 @@ class Memory:
         return slot
 
     def abort(self, slot: Slot) -> None:
-        """Gives a reserved slot back unused."""
-        self._free(slot)
+        """Gives a reserved slot back unused; it is free at once, or with the last pin."""
+        if not slot.pins:
+            self._free(slot)
 
     def coldest(self, size: int, least_bytes: int, *, parents: bool = False) -> list[Slot]:
         """What should leave to make room for `size`, about `least_bytes`; [] if nothing can.

@@ -9,6 +9,9 @@ last page         magic, count and length of the footer, its digest      (4096 b
 
 Everything begins on a page, so that files can be read and written past the page cache. Without
 a footer the records are found by walking from page to page.
+
+A file may have been an older segment before. What is left of that is told by its numbers: those
+of a segment's own records begin with its id.
 """
 
 import re
@@ -27,9 +30,12 @@ _FIRST_MAGIC = b"KVSTSEG1"
 _LAST = struct.Struct("<8sQQ16s")
 _LAST_MAGIC = b"KVSTEND1"
 _ENTRY = struct.Struct(f"<Q{HEADER_BYTES}s")
-_VERSION = 1
+_VERSION = 2
+_UNNUMBERED_VERSION = 1
+"""Earlier nodes numbered records from the newest id at their start, and used no file again."""
 MAX_ID = 2**32 - 1
-"""Records are numbered from their segment's id, shifted by half a number."""
+SEQUENCE_BITS = 32
+"""Records are numbered from their segment's id, shifted by so much."""
 SCAN_BYTES = 1 << 20
 """Segments without footer are looked through in such steps."""
 _NAME = re.compile(r"([0-9a-f]{16})\.segment")
@@ -68,9 +74,9 @@ def footer_bytes(records: int) -> int:
     return pages(records * _ENTRY.size) + PAGE_BYTES
 
 
-def pack_first_page(segment_id: int) -> bytes:
+def pack_first_page(segment_id: int, version: int = _VERSION) -> bytes:
     """The page that begins a segment."""
-    body = _FIRST.pack(_FIRST_MAGIC, _VERSION, segment_id)
+    body = _FIRST.pack(_FIRST_MAGIC, version, segment_id)
     return (body + xxhash.xxh3_128_digest(body)).ljust(PAGE_BYTES, b"\0")
 
 
@@ -91,30 +97,41 @@ def write_pages(files: Files, handle: int, packed: bytes, offset: int, staging: 
     """Writes whole pages that lie anywhere in memory."""
     with staging.lent(len(packed)) as buffer:
         buffer[:] = packed
-        files.write(handle, buffer, offset)
+        files.write(handle, [buffer], offset)
 
 
-def check_first_page(files: Files, handle: int, segment_id: int, staging: Staging) -> bool:
+class Beginning(NamedTuple):
+    """What the first page of a segment says."""
+
+    intact: bool
+    numbers: range
+    """Sequence numbers that its own records can have; others are of an earlier use of its file."""
+
+
+def check_first_page(files: Files, handle: int, segment_id: int, staging: Staging) -> Beginning:
     """Whether the file begins as this segment. Raises Damaged if another version wrote it.
 
     Where it does not, its records still speak for themselves.
     """
     with staging.lent(PAGE_BYTES) as page:
-        count = files.read_into(handle, page, 0)
+        count = files.read_into(handle, [page], 0)
         first = bytes(page[:count])
+    numbers = range(segment_id << SEQUENCE_BITS, (segment_id + 1) << SEQUENCE_BITS)
     if first == pack_first_page(segment_id):
-        return True
+        return Beginning(True, numbers)
+    if first == pack_first_page(segment_id, _UNNUMBERED_VERSION):
+        return Beginning(True, range(numbers.stop))
     if count == PAGE_BYTES:
         body, digest = first[: _FIRST.size], first[_FIRST.size : _FIRST.size + 16]
         magic, version, _ = _FIRST.unpack(body)
-        known = magic == _FIRST_MAGIC and version == _VERSION
+        known = magic == _FIRST_MAGIC and version in (_VERSION, _UNNUMBERED_VERSION)
         if digest == xxhash.xxh3_128_digest(body) and not known:
             raise Damaged(f"segment: written by another version ({version})")
-    return False
+    return Beginning(False, numbers)
 
 
-def read_footer(files: Files, handle: int, staging: Staging) -> list[Placed] | None:
-    """The records that the footer names; None where there is no intact footer.
+def read_footer(files: Files, handle: int, numbers: range, staging: Staging) -> list[Placed] | None:
+    """The records that the footer names; None where there is no intact footer of this segment.
 
     The first of them must lie where it says: a block may end in what looks like a footer, but its
     writer cannot know what else lies in the segment, nor what his own blocks are called there.
@@ -123,13 +140,13 @@ def read_footer(files: Files, handle: int, staging: Staging) -> list[Placed] | N
     if size < 2 * PAGE_BYTES or size % PAGE_BYTES:
         return None
     with staging.lent(PAGE_BYTES) as page:
-        if files.read_into(handle, page, size - PAGE_BYTES) != PAGE_BYTES:
+        if files.read_into(handle, [page], size - PAGE_BYTES) != PAGE_BYTES:
             return None
         magic, count, length, digest = _LAST.unpack(page[: _LAST.size])
     if magic != _LAST_MAGIC or length != count * _ENTRY.size or footer_bytes(count) > size:
         return None
     with staging.lent(pages(length)) as footer:
-        there = files.read_into(handle, footer, size - footer_bytes(count))
+        there = files.read_into(handle, [footer], size - footer_bytes(count))
         entries = footer[:length]
         if there < length or xxhash.xxh3_128_digest(entries) != digest:
             return None
@@ -142,8 +159,10 @@ def read_footer(files: Files, handle: int, staging: Staging) -> list[Placed] | N
     end = size - footer_bytes(count)
     if not records or not all(_lies_before(end, place) for place in records):
         return None
+    if not all(place.header.sequence in numbers for place in records):
+        return None  # Of an earlier use of the file.
     with staging.lent(PAGE_BYTES) as page:
-        there = files.read_into(handle, page, records[0].offset)
+        there = files.read_into(handle, [page], records[0].offset)
         first = records[0].header.pack()
         return records if there == PAGE_BYTES and page[:HEADER_BYTES] == first else None
 
@@ -154,10 +173,11 @@ def _lies_before(end: int, place: Placed) -> bool:
     return at >= PAGE_BYTES and at % PAGE_BYTES == 0 and at + record_bytes(place.header) <= end
 
 
-def scan(files: Files, handle: int, staging: Staging) -> Iterator[Placed]:
+def scan(files: Files, handle: int, numbers: range, staging: Staging) -> Iterator[Placed]:
     """The intact records of a segment without footer, in order; damaged stretches are passed over.
 
     A record counts only if its payload has its digest: the tail of a crash may be torn anywhere.
+    And only if it is one of the segment's own, by its number.
     """
     size = files.size_bytes(handle)
     offset = PAGE_BYTES
@@ -165,7 +185,7 @@ def scan(files: Files, handle: int, staging: Staging) -> Iterator[Placed]:
         begins = ends = 0  # What of the file is in the window.
         while offset + PAGE_BYTES <= size:
             if not begins <= offset <= ends - PAGE_BYTES:
-                begins, ends = offset, offset + files.read_into(handle, window, offset)
+                begins, ends = offset, offset + files.read_into(handle, [window], offset)
                 if ends < offset + PAGE_BYTES:
                     return
             try:
@@ -174,7 +194,7 @@ def scan(files: Files, handle: int, staging: Staging) -> Iterator[Placed]:
                 offset += PAGE_BYTES
                 continue
             place = Placed(offset, header)
-            if is_intact(files, handle, place, size, staging):
+            if header.sequence in numbers and is_intact(files, handle, place, size, staging):
                 yield place
                 offset += record_bytes(header)
             else:
@@ -202,6 +222,6 @@ def is_intact(files: Files, handle: int, place: Placed, size: int, staging: Stag
     if start + length > size:
         return False
     with staging.lent(pages(length)) as payload:
-        there = files.read_into(handle, payload[: pages(length)], start)
+        there = files.read_into(handle, [payload[: pages(length)]], start)
         digest = xxhash.xxh3_128_digest(payload[:length])
         return there >= length and digest == place.header.payload_digest

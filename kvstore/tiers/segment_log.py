@@ -15,6 +15,7 @@ from kvstore.files import PAGE_BYTES, Files
 from kvstore.record import Damaged, Header, Kind
 from kvstore.staging import Staging
 from kvstore.tiers.segment import (
+    SEQUENCE_BITS,
     Placed,
     check_first_page,
     file_name,
@@ -31,10 +32,10 @@ from kvstore.tiers.segment import (
 _log = logging.getLogger("kvstore.disk")
 
 LEAST_SEGMENTS = 4
-SEQUENCE_BITS = 32
-"""A start numbers records from the last segment's id shifted by so much."""
 UNOPENED = -1
 """The handle of a segment that cannot be opened, and still takes its room."""
+SPARE = "spare"
+"""The name of a file that was a segment, and will be one again."""
 
 
 class Found(NamedTuple):
@@ -62,13 +63,9 @@ class Found(NamedTuple):
         )  # fmt: skip
 
 
-def _is_numbered(header: Header, segment_id: int) -> bool:
-    """Whether a record can have been written into this segment: numbers grow from its id.
-
-    Those that nobody has given out would leave none for what comes.
-    """
-    most = (segment_id + 1) << SEQUENCE_BITS
-    return header.sequence < most and header.forgets < 2 * most
+def _can_be_counted(header: Header, segment_id: int) -> bool:
+    """Whether a record's count of forget records leaves any for what comes."""
+    return header.forgets < 2 * ((segment_id + 1) << SEQUENCE_BITS)
 
 
 class SegmentLog:
@@ -76,6 +73,11 @@ class SegmentLog:
 
     Invariant: all segments but the open one are sealed and never change. `capacity_bytes` holds
     at least four segments; one of them is the room in which hot blocks are written forward.
+
+    The file of a dropped segment becomes the next one: to write over what is on the device already
+    is half as fast again as to extend a file. Its old records are none of the new segment's, by
+    their numbers, which begin with the segment's id: ids only grow while a process runs, and
+    a file that waits is deleted when the process ends or the next one begins.
     """
 
     def __init__(
@@ -97,6 +99,12 @@ class SegmentLog:
         self._records: list[Placed] = []
         self._safe_records = 0
         """How many of the records were announced, or never will be."""
+        self._end = 0
+        """Where the open segment's next record will lie; its file may be longer."""
+        self._spare_bytes = 0
+        """The length of the file that can be used again; 0: there is none."""
+        self._spare_is_ours = True
+        """Whether it was dropped by this process, and not left by an earlier one."""
         self._placed = 0
         """How many records have a place in the open segment and are being written."""
         self._open_id = 0
@@ -115,8 +123,13 @@ class SegmentLog:
 
     @property
     def used_bytes(self) -> int:
-        """What the segments take on disk."""
-        return sum(self._sizes.values())
+        """What the segments take on disk, and the file that waits to be one."""
+        return sum(self._sizes.values()) + self._spare_bytes
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether a file waits to be used again."""
+        return self._spare_bytes > 0
 
     @property
     def open_id(self) -> int:
@@ -136,20 +149,21 @@ class SegmentLog:
         """Whether the open segment can take these records, and its footer afterwards."""
         if not self._open_id:
             return False
-        size = self._sizes[self._open_id] + sum(map(record_bytes, headers))
+        size = self._end + sum(map(record_bytes, headers))
         records = len(self._records) + self._placed + len(headers)
         return size + footer_bytes(records) <= self.segment_bytes
 
     def place(self, header: Header) -> Placed:
         """Takes the next stretch of the open segment for a record, to be written, then kept."""
-        place = Placed(self._sizes[self._open_id], header)
-        self._sizes[self._open_id] += record_bytes(header)
+        place = Placed(self._end, header)
+        self._end += record_bytes(header)
+        self._sizes[self._open_id] = max(self._sizes[self._open_id], self._end)
         self._placed += 1
         return place
 
-    def write(self, place: Placed, pages: memoryview) -> None:
+    def write(self, place: Placed, buffers: Sequence[memoryview]) -> None:
         """Writes a whole record where `place` says; may run beside other writes."""
-        self._files.write(self._handles[self._open_id], pages, place.offset)
+        self._files.write(self._handles[self._open_id], buffers, place.offset)
 
     def keep(self, written: Sequence[Placed]) -> None:
         """What was placed is over: `written`, in order, are the records that lie there now.
@@ -160,40 +174,75 @@ class SegmentLog:
         self._records += written
         last = self._records[-1] if self._records else None
         end = last.offset + record_bytes(last.header) if last is not None else PAGE_BYTES
-        if end < self._sizes[self._open_id]:
-            self._cut(self._open_id, end)
+        if end < self._end:
+            self._cut_open(end)
 
-    def _cut(self, segment_id: int, end: int) -> None:
+    def _cut_open(self, end: int) -> None:
         """Gives back what lies behind `end`; where that fails it still counts."""
         with contextlib.suppress(OSError):
-            self._files.truncate(self._handles[segment_id], end)
-            self._sizes[segment_id] = end
+            self._cut(self._open_id, end)
+            self._end = end
 
-    def read_into(self, segment_id: int, pages: memoryview, offset: int) -> int:
+    def _cut(self, segment_id: int, end: int) -> None:
+        self._files.truncate(self._handles[segment_id], end)
+        self._sizes[segment_id] = end
+
+    def read_into(self, segment_id: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Bytes of a segment; how many came. KeyError if it was dropped."""
-        return self._files.read_into(self._handles[segment_id], pages, offset)
+        return self._files.read_into(self._handles[segment_id], buffers, offset)
 
     def roll(self) -> None:
         """Seals the open segment and begins the next."""
         self._seal_if_written()
         if self._open_id:
             # Nothing was written to it: it serves on, once what failed to be is cut off.
-            self._cut(self._open_id, PAGE_BYTES)
-            if self._sizes[self._open_id] > PAGE_BYTES:
+            if self._end > PAGE_BYTES:
+                self._cut_open(PAGE_BYTES)
+            if self._end > PAGE_BYTES:
                 raise OSError(errno.EIO, "what could not be written cannot be cut off either")
             return
         self._drop_what_is_too_much()  # What was surplus earlier and could not be deleted.
+        if self._spare_bytes and not self._spare_is_ours:
+            self.remove_spare()
         segment_id = self.last_id = self.last_id + 1
-        handle = self._files.open(file_name(segment_id), create=True)
-        self._handles[segment_id] = handle
-        self._sizes[segment_id] = PAGE_BYTES
+        begin = self._begin_again if self._spare_bytes else self._begin_new
+        handle = begin(segment_id)
         try:
             write_pages(self._files, handle, pack_first_page(segment_id), 0, self._staging)
         except OSError:
             with contextlib.suppress(OSError):
                 self._remove(segment_id)
             raise
-        self._open_id, self._doubtful = segment_id, False
+        self._open_id, self._end, self._doubtful = segment_id, PAGE_BYTES, False
+
+    def _begin_new(self, segment_id: int) -> int:
+        """A new file for a segment."""
+        handle = self._files.open(file_name(segment_id), create=True)
+        self._handles[segment_id] = handle
+        self._sizes[segment_id] = PAGE_BYTES
+        return handle
+
+    def _begin_again(self, segment_id: int) -> int:
+        """The spare file for a segment; its new name is on the device before it is written to.
+
+        Else a power cut could bring the old segment back, with some of the new one's bytes in it.
+        """
+        name = file_name(segment_id)
+        try:
+            self._files.rename(SPARE, name)
+        except OSError:
+            self.remove_spare()
+            raise
+        self._handles[segment_id] = UNOPENED
+        self._sizes[segment_id], self._spare_bytes = self._spare_bytes, 0
+        try:
+            handle = self._handles[segment_id] = self._files.open(name, create=False)
+            self._files.sync(handle)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._remove(segment_id)
+            raise
+        return handle
 
     def sync(self) -> None:
         """Returns when all records are on the device; the open segment stays open.
@@ -226,9 +275,10 @@ class SegmentLog:
         self.sync()
         if self._doubtful:
             # Or records that it speaks of: the next start looks for them, and adds the footer.
-            self._sizes[self._open_id] += footer_bytes(len(self._records))
+            most = max(self._sizes[self._open_id], self._end + footer_bytes(len(self._records)))
+            self._sizes[self._open_id] = most
         else:
-            self._seal(self._open_id, self._records)
+            self._seal(self._open_id, self._records, self._end)
         self._open_id, self._records, self._safe_records = 0, [], 0
         self._doubtful = False
 
@@ -245,16 +295,38 @@ class SegmentLog:
         """The segment that goes first. Never a newer one: it says what is forgotten in this."""
         return min(self._handles.keys() - {self._open_id}, default=None)
 
-    def drop(self, segment_id: int) -> None:
-        """Deletes a sealed segment, once what was written forward from it is on the device."""
+    def drop(self, segment_id: int, *, reuse: bool = False) -> None:
+        """Ends a sealed segment, once what was written forward from it is on the device.
+
+        Its file is deleted; or with `reuse`, if no other one waits already, used again.
+        """
         assert segment_id != self._open_id
         self.sync()
         if self._doubtful:
             raise OSError(errno.EIO, "what was written forward may not be on the device")
-        self._remove(segment_id)
+        if not reuse or self._spare_bytes or not self._keep_as_spare(segment_id):
+            self._remove(segment_id)
+
+    def _keep_as_spare(self, segment_id: int) -> bool:
+        try:
+            self._files.rename(file_name(segment_id), SPARE)
+        except OSError:
+            return False
+        self._spare_bytes, self._spare_is_ours = self._sizes[segment_id], True
+        self._forget(segment_id)
+        return True
+
+    def remove_spare(self) -> None:
+        """Gives the room of the file that waits back to the device."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.remove(SPARE)
+        self._spare_bytes = 0
 
     def _remove(self, segment_id: int) -> None:
         self._files.remove(file_name(segment_id))
+        self._forget(segment_id)
+
+    def _forget(self, segment_id: int) -> None:
         self._dropped.append(segment_id)
         del self._sizes[segment_id]
         self._close(self._handles.pop(segment_id))
@@ -279,7 +351,9 @@ class SegmentLog:
         """
         found: list[Found] = []
         try:
-            for segment_id in segment_ids(self._files.names()):
+            names = self._files.names()
+            self._remove_old_spare(names)
+            for segment_id in segment_ids(names):
                 self.last_id = segment_id
                 self._admit(segment_id)
             self._drop_what_is_too_much()  # First: sealing what is left takes room as well.
@@ -290,6 +364,16 @@ class SegmentLog:
             self._close_all()
             raise
         return [record for record in found if record.segment_id in self._handles]
+
+    def _remove_old_spare(self, names: Sequence[str]) -> None:
+        """Where that fails it counts as a full segment, and is tried again before the next begins.
+
+        Used again it could become a segment with the id of one that it was before.
+        """
+        if SPARE in names:
+            self._spare_bytes, self._spare_is_ours = self.segment_bytes, False
+            with contextlib.suppress(OSError):
+                self.remove_spare()
 
     def _admit(self, segment_id: int) -> None:
         """Opens a segment and counts it; as a full one where that cannot be done."""
@@ -325,12 +409,12 @@ class SegmentLog:
         return []
 
     def _recover_segment(self, segment_id: int, handle: int) -> list[Placed]:
-        intact = check_first_page(self._files, handle, segment_id, self._staging)
+        intact, numbers = check_first_page(self._files, handle, segment_id, self._staging)
         if not intact:
             _log.warning("segment %d: its first page is not as written", segment_id)
-        records = read_footer(self._files, handle, self._staging)
+        records = read_footer(self._files, handle, numbers, self._staging)
         if records is None:
-            records = list(scan(self._files, handle, self._staging))
+            records = list(scan(self._files, handle, numbers, self._staging))
             if not records and not intact:
                 raise Damaged("segment: nothing in it is as written")
             end = max((r.offset + record_bytes(r.header) for r in records), default=PAGE_BYTES)
@@ -338,27 +422,32 @@ class SegmentLog:
             try:
                 self._files.truncate(handle, end)
                 self._sync(segment_id)
-                self._seal(segment_id, records)
+                self._seal(segment_id, records, end)
                 self._announce(segment_id, records)
             except OSError as error:  # A full device, say; the next start scans it again.
                 _log.warning("segment %d could not be sealed: %s", segment_id, error)
         self._sizes[segment_id] = self._files.size_bytes(handle)
-        return [place for place in records if _is_numbered(place.header, segment_id)]
+        return [place for place in records if _can_be_counted(place.header, segment_id)]
 
     def _drop_what_is_too_much(self) -> None:
         """Makes room for one more segment; the limits may be smaller than in the run before."""
-        while self._handles and self.used_bytes + self.segment_bytes > self.capacity_bytes:
+        # A file that waits will be that segment.
+        while sum(self._sizes.values()) + self.segment_bytes > self.capacity_bytes:
             self.drop(min(self._handles))
 
-    def _seal(self, segment_id: int, records: list[Placed]) -> None:
-        footer, end = pack_footer(records), self._sizes[segment_id]
-        handle = self._handles[segment_id]
-        self._sizes[segment_id] = end + len(footer)
+    def _seal(self, segment_id: int, records: list[Placed], end: int) -> None:
+        """Writes the footer at `end`, where the file then ends."""
+        footer, handle = pack_footer(records), self._handles[segment_id]
+        sealed_bytes = end + len(footer)
+        self._sizes[segment_id] = max(self._sizes[segment_id], sealed_bytes)
         try:
             write_pages(self._files, handle, footer, end, self._staging)
+            if self._sizes[segment_id] > sealed_bytes:
+                self._cut(segment_id, sealed_bytes)
             self._sync(segment_id)
         except OSError:
-            self._cut(segment_id, end)
+            with contextlib.suppress(OSError):
+                self._cut(segment_id, end)
             raise
 
     def _announce(self, segment_id: int, records: Sequence[Placed]) -> None:
@@ -371,6 +460,9 @@ class SegmentLog:
         try:
             self._seal_if_written()
         finally:
+            if self._spare_bytes:
+                with contextlib.suppress(OSError):
+                    self.remove_spare()
             self._close_all()
 
     def _close_all(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from typing import NamedTuple
 
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Tier, Usage
+from kvstore.held import HeldSlot
 from kvstore.metrics import Metrics
 from kvstore.policy.policy import Use
 from kvstore.runner import Runner
@@ -242,16 +243,20 @@ class Tiered:
                 slot = await self.reserve(want.ref, want.size)
                 if slot is None:
                     break
-                reserved[want] = slot
+                # A thread that fills it may be late: then the slot goes back when that has ended.
+                reserved[want] = self.memory.pin(slot)
             assert self._slow is not None
-            loads = [Load(want.ref, slot.view) for want, slot in reserved.items()]
+            loads = [
+                Load(want.ref, slot.view, HeldSlot(self.memory, slot))
+                for want, slot in reserved.items()
+            ]
             answers = await self._slow.load(loads)
             arrived = dict(zip(reserved, answers, strict=True))
             below = await self._parents_below(arrived)
             return self._commit_promoted(reserved, arrived, below - watch.lost, watch)
         finally:
             for slot in reserved.values():
-                self.memory.abort(slot)
+                self.memory.unpin(slot)
             for want in wants:
                 del self._promoting[want.ref]
 
@@ -286,10 +291,12 @@ class Tiered:
             here = parent is None or self.memory.find(parent) is not None
             if not here and parent not in below:
                 continue
-            kept = self.memory.commit(reserved.pop(want), parent, loaded.digest)
+            slot = reserved.pop(want)
+            kept = self.memory.commit(slot, parent, loaded.digest)
             if kept is not None:
                 promoted[want.ref] = Acquired(self.memory.pin(kept), loaded.tier)
                 self._metrics.promoted_blocks.labels(loaded.tier).inc()
+            self.memory.unpin(slot)
         return promoted
 
     def _unpin_all(self, promotion: "asyncio.Task[dict[BlockRef, Acquired]]") -> None:
@@ -339,7 +346,10 @@ class Tiered:
             return set()
         await self.digests.settle(kept)
         refs = [slot.ref for slot in kept]
-        blocks = [Block(slot.ref, slot.parent, slot.digest, slot.view) for slot in kept]
+        blocks = [
+            Block(slot.ref, slot.parent, slot.digest, slot.view, HeldSlot(self.memory, slot))
+            for slot in kept
+        ]
         over = asyncio.get_running_loop().create_future()
         self._going_below[over] = refs
         try:

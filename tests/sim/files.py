@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-PAGE_BYTES = 4096
+from kvstore.files import PAGE_BYTES, begins_on_a_page
 
 Fault = Callable[[str, str], None]
 """Called with operation and file name before each operation; may raise OSError."""
@@ -48,7 +48,7 @@ class SimulatedFiles:
         """The most that the files ever took together, as a reader of their sizes sees it."""
         self._names: dict[str, _File] = {}
         self._safe_names: dict[str, _File] = {}
-        self._changes: list[tuple[str, _File | None]] = []
+        self._changes: list[dict[str, _File | None]] = []
         self._handles: dict[int, tuple[str, _File]] = {}
         self._next_handle = 100
         self._off = False
@@ -65,7 +65,7 @@ class SimulatedFiles:
             if name in self._names:
                 raise FileExistsError(errno.EEXIST, "exists", name)
             self._names[name] = _File()
-            self._changes.append((name, self._names[name]))
+            self._changes.append({name: self._names[name]})
         elif name not in self._names:
             raise FileNotFoundError(errno.ENOENT, "missing", name)
         self._next_handle += 1
@@ -75,15 +75,20 @@ class SimulatedFiles:
     def size_bytes(self, handle: int) -> int:
         return len(self._file("size", handle).data)
 
-    def read_into(self, handle: int, pages: memoryview, offset: int) -> int:
-        data = self._file("read", handle).data[offset : offset + len(pages)]
-        pages[: len(data)] = data
-        return len(data)
+    def read_into(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        _assert_direct(buffers, offset)
+        data = self._file("read", handle).data
+        done = 0
+        for buffer in buffers:
+            part = data[offset + done : offset + done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
 
-    def write(self, handle: int, pages: memoryview, offset: int) -> None:
-        assert not (len(pages) % PAGE_BYTES or offset % PAGE_BYTES), "not in whole pages"
+    def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> None:
+        _assert_direct(buffers, offset)
         self._enter("write", self._handles[handle][0])
-        data = bytes(pages)
+        data = b"".join(buffers)
         file = self._handle(handle)
         growth = max(0, offset + len(data) - len(file.data))
         if self.room_bytes is not None and self.total_bytes + growth > self.room_bytes:
@@ -105,10 +110,16 @@ class SimulatedFiles:
         file.safe, file.unsafe = bytes(file.data), []
         self._safe_names, self._changes = dict(self._names), []
 
+    def rename(self, name: str, new_name: str) -> None:
+        self._enter("rename", name)
+        assert new_name not in self._names, "a file is replaced"
+        file = self._names[new_name] = self._names.pop(name)
+        self._changes.append({name: None, new_name: file})
+
     def remove(self, name: str) -> None:
         self._enter("remove", name)
         del self._names[name]
-        self._changes.append((name, None))
+        self._changes.append({name: None})
 
     def close(self, handle: int) -> None:
         self._handles.pop(handle, None)
@@ -154,14 +165,15 @@ class SimulatedFiles:
         """The machine goes down and comes up: of what was not synced, some is lost or torn.
 
         Without `rng` it is the worst that is allowed: every unsynced byte is lost, and every file
-        that was removed is gone.
+        that was removed or renamed is so.
         """
         survived = dict(self._safe_names)
-        for name, file in self._changes[: rng.randint(0, len(self._changes)) if rng else None]:
-            if file is None:
-                survived.pop(name, None)
-            else:
-                survived[name] = file
+        for change in self._changes[: rng.randint(0, len(self._changes)) if rng else None]:
+            for name, file in change.items():
+                if file is None:
+                    survived.pop(name, None)
+                else:
+                    survived[name] = file
         for file in {id(file): file for file in survived.values()}.values():
             file.data = _after_crash(file, rng) if rng else bytearray(file.safe)
             file.safe, file.unsafe = bytes(file.data), []
@@ -201,6 +213,14 @@ class SimulatedFiles:
             _overwrite(file.data, data, offset)
             file.unsafe.append((offset, data))
         self.peak_bytes = max(self.peak_bytes, self.total_bytes)
+
+
+def _assert_direct(buffers: Sequence[memoryview], offset: int) -> None:
+    """What a device asks of direct I/O, which the real twin would refuse or stage again."""
+    assert offset % PAGE_BYTES == 0, "not at a page"
+    for buffer in buffers:
+        assert len(buffer) % PAGE_BYTES == 0, "not in whole pages"
+        assert not buffer or begins_on_a_page(buffer), "not on a page"
 
 
 def _overwrite(target: bytearray, data: bytes, offset: int) -> None:

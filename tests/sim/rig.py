@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from redis.asyncio import Redis
 
 from kvstore.api.tier import Tier
-from kvstore.codec import CODECS
+from kvstore.codec import CODECS, Codec
 from kvstore.files import DirectoryFiles, Files
 from kvstore.metrics import Metrics
 from kvstore.policy.policies import make_policy
@@ -73,7 +73,7 @@ class Rig:
         self,
         files: Files | None = None,
         *,
-        codec: str = "raw",
+        codec: str | Codec = "raw",
         capacity_bytes: int = 16 * SEGMENT_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
         sync_after_s: float = SYNC_AFTER_S,
@@ -82,7 +82,7 @@ class Rig:
         """A disk tier, over simulated files unless others are given."""
         tier = await DiskTier.open(
             files if files is not None else SimulatedFiles(),
-            CODECS[codec](),
+            CODECS[codec]() if isinstance(codec, str) else codec,
             runner or self.runner,
             self.clock,
             self.metrics,
@@ -98,7 +98,7 @@ class Rig:
         self,
         url: str,
         *,
-        codec: str = "raw",
+        codec: str | Codec = "raw",
         capacity_bytes: int = 0,
         part_bytes: int = PAGE_BYTES,
         ttl_s: int = 600,
@@ -112,7 +112,7 @@ class Rig:
             wires = Wires.from_url(url, runner, count=WIRES, timeout_s=timeout_s)
         tier = RedisTier(
             Redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s),
-            CODECS[codec](),
+            CODECS[codec]() if isinstance(codec, str) else codec,
             self.runner,
             self.clock,
             self.metrics,

@@ -58,7 +58,9 @@ class Ledger:
         if running is None:
             self._sealed_at_start.add(segment_id)
         else:
-            self._safe_bytes[segment_id] = running.disk._segments._sizes[segment_id]
+            log = running.disk._segments
+            is_open = segment_id == log.open_id  # Its file may be longer than what was written.
+            self._safe_bytes[segment_id] = log._end if is_open else log._sizes[segment_id]
             self._safe.update(filter(self._lies_safely, running.disk._index._entries.values()))
 
     def damage(self) -> None:

@@ -138,8 +138,8 @@ class Operator:
     async def fail_files(self, machine: Machine) -> None:
         """Some operations fail with EIO, once, now and then, or always."""
         operations = self._rng.choice(
-            [["write"], ["read"], ["sync"], ["open"], ["remove"], ["truncate"],
-             ["read", "write", "sync", "open", "remove", "truncate", "names", "size"]]
+            [["write"], ["read"], ["sync"], ["open"], ["remove"], ["truncate"], ["rename"],
+             ["read", "write", "sync", "open", "rename", "remove", "truncate", "names", "size"]]
         )  # fmt: skip
         chance = self._rng.choice([0.1, 0.5, 1.0])
         left = self._rng.choice([1, 1000])

@@ -37,6 +37,8 @@ def _bug(name: str, *edits: tuple[str, str, str], quick: bool = False) -> Bug:
 
 
 _DISK, _LOG = "kvstore.tiers.disk:DiskTier", "kvstore.tiers.segment_log:SegmentLog"
+_READER = "kvstore.tiers.disk_reader:DiskReader"
+_WRITER = "kvstore.tiers.disk_writer:DiskWriter"
 _MEMORY, _TIERED = "kvstore.tiers.memory:Memory", "kvstore.tiers.tiered:Tiered"
 _NODE, _LEASES = "kvstore.node:Node", "kvstore.leases:LeaseTable"
 _REDIS, _WRITING = "kvstore.tiers.redis:RedisTier", "kvstore.writing:Incoming"
@@ -53,7 +55,8 @@ _UNCHECKED = (
 BUGS = (
     _bug(
         "disk: what comes back is not checked",
-        (f"{_DISK}._load", "decode_block(", _UNCHECKED),
+        (f"{_READER}.load", "decode_block(", _UNCHECKED),
+        (f"{_READER}._fill", "check_payload(header, name, into)", "pass"),
     ),
     _bug(
         "redis: what comes back is not checked",
@@ -147,14 +150,14 @@ BUGS = (
     _bug(
         "discard writes no tombstone",
         (
-            f"{_DISK}._write_twins",
+            f"{_WRITER}._write_twins",
             "await self._append_or_yield(twins, together=True)",
             "list(twins)",
         ),
     ),
     _bug(
         "discard does not wait for the device",
-        (f"{_DISK}._forget", "await self._runner.run(self._segments.sync)", "pass"),
+        (f"{_WRITER}._forget", "await self._runner.run(self._segments.sync)", "pass"),
     ),
     _bug(
         "discard forgets in memory alone",
@@ -177,8 +180,16 @@ BUGS = (
     ),
     _bug(
         "sequence numbers begin again after a start",
-        (f"{_DISK}._recover", "self._segments.last_id << SEQUENCE_BITS", "0"),
-        (f"{_DISK}._recover", "max([self._sequence, *(found.sequence for found in records)])", "0"),
+        (f"{_WRITER}._append", "self._segments.open_id << SEQUENCE_BITS", "0"),
+    ),
+    _bug(
+        "a segment believes what its file was before",
+        ("kvstore.tiers.segment:scan", "header.sequence in numbers and", ""),
+        (
+            "kvstore.tiers.segment:read_footer",
+            "if not all(place.header.sequence in numbers for place in records):",
+            "if False:",
+        ),
     ),
     _bug(
         "recovery believes a torn tail",
@@ -193,8 +204,8 @@ BUGS = (
     _bug(
         "the disk takes blocks without their parents",
         (f"{_DISK}._rooted", "and block.parent not in rooted", "and False"),
-        (f"{_DISK}._is_superfluous", "return parent is not None and", "return False and"),
-        (f"{_DISK}._write", "header.parent is None or", "True or"),
+        (f"{_WRITER}._is_superfluous", "return parent is not None and", "return False and"),
+        (f"{_WRITER}._write", "header.parent is None or", "True or"),
     ),
     _bug(
         "the disk has no limit",
