@@ -25,8 +25,9 @@ from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
 from kvstore.api.v1 import kvstore_pb2
-from kvstore.api.v1.kvstore_pb2 import AttachReply
+from kvstore.api.v1.kvstore_pb2 import AttachReply, ConnectReply
 from kvstore.attachment import Room
+from kvstore.bulk_listener import BulkListener
 from kvstore.calls import Calls
 from kvstore.codec import CODECS
 from kvstore.config import (
@@ -36,6 +37,7 @@ from kvstore.config import (
     MemorySettings,
     RedisSettings,
     Settings,
+    is_wildcard,
 )
 from kvstore.directory import Directory
 from kvstore.events import Draining, Events, SegmentSealed
@@ -100,6 +102,7 @@ class NodeServer:
         """Of what the runner's threads use."""
         self._closers: list[Callable[[], Any]] = []
         self._local: LocalSocket | None = None
+        self._bulk: BulkListener | None = None
         self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
         self.metrics_endpoint = ""
         self.hangs = False
@@ -179,6 +182,7 @@ class NodeServer:
             scrub_bytes_per_s=settings.disk.scrub_bytes_per_s,
             directory=directory,
             attach=await self._share(tenants),
+            connect=await self._offer_bulk(),
         )
         serve(servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -214,6 +218,29 @@ class NodeServer:
         self._local = local
         return local.ticket
 
+    async def _offer_bulk(self) -> Callable[[str | None, str], ConnectReply] | None:
+        """How clients get connections of the bulk path, where there is one."""
+        bulk, host = self._settings.bulk, self._settings.server.listen.rpartition(":")[0]
+        if not bulk.enabled:
+            return None
+        own_host = bulk.listen.rpartition(":")[0] if bulk.listen is not None else host
+        listener = BulkListener(
+            bulk.listen or f"{host}:0",
+            "" if own_host == host or is_wildcard(own_host) else own_host.strip("[]"),
+            self.node,
+            self.calls,
+            max_connections=bulk.max_connections,
+        )
+        try:
+            await listener.start()
+        except ConfigError as error:
+            if bulk.listen is not None:
+                raise
+            _log.warning("%s; clients are served by gRPC alone", error)
+            return None
+        self._bulk = listener
+        return listener.invite
+
     def _serve_metrics(self, listen: str) -> None:
         host, _, port = listen.rpartition(":")
         metrics = self.node.metrics
@@ -247,6 +274,8 @@ class NodeServer:
             stack.push_async_callback(self._close_node, end_s)
             if self._local is not None:
                 stack.push_async_callback(self._local.close)
+            if self._bulk is not None:
+                stack.push_async_callback(self._bulk.close)
             stack.push_async_callback(self._grpc.stop, None)
             await self._drain(grace_s)
 

@@ -1,6 +1,6 @@
 """The client of a store node, for programs that have an event loop."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from kvstore.api.errors import Unavailable
 from kvstore.api.hint import ReuseHint
@@ -193,16 +193,39 @@ class AsyncClient(ControlClient):
     async def _receive(
         self, request: pb.ReadRequest, arrivals: Arrivals, deadline: Deadline, prefix_only: bool
     ) -> None:
-        """Through shared memory what lies there, and the rest by the stream."""
+        """Through shared memory what lies there, and the rest from afar."""
         attached = self._neighbour.attached
         if attached is None:
-            await receive(self._caller, request, arrivals, deadline, prefix_only=prefix_only)
+            await self._receive_far(request, arrivals, deadline, prefix_only)
             return
         try:
             await fetch(attached, request, arrivals, deadline, prefix_only=prefix_only)
         except Unavailable:
             if not attached.closed:
                 raise
+        await self._receive_rest(request, arrivals, deadline, prefix_only, self._receive_far)
+
+    async def _receive_far(
+        self, request: pb.ReadRequest, arrivals: Arrivals, deadline: Deadline, prefix_only: bool
+    ) -> None:
+        """By the bulk path, and by the stream what that had to leave."""
+        if not await self._bulk.fetch(request, arrivals, deadline, prefix_only=prefix_only):
+            await self._receive_rest(request, arrivals, deadline, prefix_only, self._receive_stream)
+
+    async def _receive_stream(
+        self, request: pb.ReadRequest, arrivals: Arrivals, deadline: Deadline, prefix_only: bool
+    ) -> None:
+        await receive(self._caller, request, arrivals, deadline, prefix_only=prefix_only)
+
+    async def _receive_rest(
+        self,
+        request: pb.ReadRequest,
+        arrivals: Arrivals,
+        deadline: Deadline,
+        prefix_only: bool,
+        way: Callable[[pb.ReadRequest, Arrivals, Deadline, bool], Awaitable[None]],
+    ) -> None:
+        """What has not arrived yet, another way."""
         places, rest = arrivals.rest()
         if not places:
             arrivals.settle()
@@ -211,14 +234,14 @@ class AsyncClient(ControlClient):
         again.CopyFrom(request)
         again.keys = pack_keys(rest.keys)
         try:
-            await receive(self._caller, again, rest, deadline, prefix_only=prefix_only)
+            await way(again, rest, deadline, prefix_only)
         finally:
             arrivals.take(places, rest)
 
     async def _send(
         self, begin: pb.WriteBegin, run: Outgoing, held: list[bool], deadline: Deadline
     ) -> None:
-        """Through shared memory; by the stream what that had no room for."""
+        """Through shared memory; by the bulk path or the stream what that had no room for."""
         attached = self._neighbour.attached
         if attached is not None:
             try:
@@ -227,7 +250,8 @@ class AsyncClient(ControlClient):
             except Unavailable:
                 if not attached.closed:
                     raise
-        await send(self._caller, begin, run, held, deadline)
+        if not await self._bulk.place(begin, run, held, deadline):
+            await send(self._caller, begin, run, held, deadline)
 
     async def release(self, match: Match) -> None:
         """Ends the lease of a match before it expires."""

@@ -47,6 +47,7 @@ class Client:
         clock: Clock | None = None,
         connect: Callable[[str], grpc.aio.Channel] = open_channel,
         shared_memory: bool = True,
+        bulk: bool = True,
     ) -> None:
         async def build() -> tuple[grpc.aio.Channel, AsyncClient]:
             channel = connect(endpoint)
@@ -58,6 +59,7 @@ class Client:
                     clock=clock,
                     channel=channel,
                     shared_memory=shared_memory,
+                    bulk=bulk,
                 )
             except BaseException:
                 await channel.close()

@@ -14,6 +14,7 @@ from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import check_space_id, pack_keys
 from kvstore_client.arguments import check_keys
 from kvstore_client.budgets import Budgets, Deadline
+from kvstore_client.bulk import Bulk
 from kvstore_client.caller import Caller
 from kvstore_client.channel import open_channel
 from kvstore_client.neighbour import Neighbour
@@ -29,7 +30,8 @@ class ControlClient:
     """Opens and clears spaces, and asks a node what it is. Its methods raise `KvstoreError`.
 
     With `shared_memory` blocks of a node on this host, where it allows that, are copied straight
-    from and to its memory, from the first `open_space` on; otherwise they come over the channel.
+    from and to its memory, from the first `open_space` on. With `bulk` those of other nodes come
+    over connections of their own, where they can be had, and otherwise over the channel.
 
     `endpoint` is host:port or unix:/path. A `channel` that is handed in (for TLS, say) stays the
     caller's, who closes it.
@@ -44,6 +46,7 @@ class ControlClient:
         clock: Clock | None = None,
         channel: grpc.aio.Channel | None = None,
         shared_memory: bool = True,
+        bulk: bool = True,
     ) -> None:
         self.endpoint = endpoint
         self.budgets = budgets or Budgets()
@@ -51,6 +54,7 @@ class ControlClient:
         self._owned = channel is None
         self._caller = Caller(channel or open_channel(endpoint), token, self.clock)
         self._neighbour = Neighbour(self._caller, self.clock, wanted=shared_memory)
+        self._bulk = Bulk(self._caller, self.clock, endpoint, wanted=bulk)
 
     def __repr__(self) -> str:
         state = "closed" if self._caller.closed else "open"
@@ -94,6 +98,8 @@ class ControlClient:
         space = Space.of(descriptor)
         opened = await self._caller.strictly(lambda: self._caller.open(space, deadline), deadline)
         await self._neighbour.settle(max(deadline.rest_s(), 0.0))
+        if self._neighbour.attached is None:
+            await self._bulk.settle(max(deadline.rest_s(), 0.0))
         return opened
 
     async def locate(
@@ -194,6 +200,7 @@ class ControlClient:
             return
         self._caller.closed = True
         await self._neighbour.close()
+        await self._bulk.close()
         if self._owned:
             await self._caller.channel.close()
 
