@@ -17,13 +17,13 @@ from google.protobuf.message import DecodeError
 from kvstore.api.bulk import (
     GREETING,
     REFUSED,
-    TICKET_BYTES,
     WELCOME,
     BulkSocket,
     prepare,
     unblocked,
 )
 from kvstore.api.errors import ConfigError, KvstoreError, ResourceExhausted
+from kvstore.api.local import TICKET_BYTES
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.bulk_calls import BulkCalls
 from kvstore.bulk_line import Line
@@ -201,7 +201,7 @@ def _listen(listen: str) -> socket.socket:
             host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, _, _, _, address = found[0]
-        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        listening = socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
         raise ConfigError(f"bulk.listen: {listen}: {error.strerror}") from None
     listening.setblocking(False)

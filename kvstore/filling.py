@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 
 from kvstore.api.bulk import BulkSocket, Parcel, undisturbed
 from kvstore.bulk_line import Line
@@ -20,7 +21,7 @@ WINDOW_FRACTION = 16
 """Of memory at most: the windows of a few writers must not be all of it."""
 
 Place = tuple[int, Slot | None]
-"""A block of the run and its slot; None: there is none, and its bytes pass by."""
+"""A block of the run and its slot; None: its bytes pass by."""
 
 
 class Filling:
@@ -34,7 +35,8 @@ class Filling:
         self._line = line
         self._metrics = metrics
         self._left = deque(offer.wanted)
-        self._slots: set[Slot] = set()
+        self._slots: dict[int, Slot] = {}
+        """By index in the run."""
         memory = offer.tiers.memory
         share_bytes = memory.share_bytes(offer.block_bytes)
         most_bytes = min(WINDOW_BYTES, memory.capacity_bytes // WINDOW_FRACTION)
@@ -42,16 +44,15 @@ class Filling:
 
     async def receive(self) -> None:
         """Takes the blocks of the offer. Raises CallerGone if the connection ends before."""
-        window = await self._reserve()
-        while window or self._left:
-            if not window:  # Nothing of ours takes room, and still there is none.
-                window = [(self._left.popleft(), None)]
+        await self._hold_above(self._left)
+        window = await self._reserve(is_alone=True)
+        while window:
+            following: list[Place] = []
             digests: list[bytes] = []
-            filling = asyncio.ensure_future(
-                self._line.run(partial(self._fill, self._line.wire, window, digests))
-            )
+            work = partial(self._fill, self._line.wire, window, digests)
+            filling = asyncio.ensure_future(self._line.run(work))
             try:
-                following = await self._reserve()
+                following = await self._reserve(is_alone=False)
             except BaseException:
                 filling.cancel()
                 raise
@@ -61,41 +62,63 @@ class Filling:
                     await undisturbed(filling, filling.cancel)
                 finally:
                     await self._commit(window, digests)
-            window = following or await self._reserve()
+            await self._hold_above([index for index, _ in following] or self._left)
+            window = following or await self._reserve(is_alone=True)
         self._offer.advise()
 
     def close(self) -> None:
         """Gives back what was not committed."""
-        slots, self._slots = self._slots, set()
-        for slot in slots:
+        slots, self._slots = self._slots, {}
+        for slot in slots.values():
             self._offer.tiers.memory.abort(slot)
         self._offer.close()
 
-    async def _reserve(self) -> list[Place]:
-        """Slots for the next blocks, about a window of them; fewer if memory is full."""
+    async def _hold_above(self, indexes: Sequence[int]) -> None:
+        """Keeps the block above the first of these here while room is made for others."""
+        if indexes:
+            await self._offer.hold_parent(indexes[0])
+
+    async def _reserve(self, *, is_alone: bool) -> list[Place]:
+        """Slots for the next blocks, about a window of them; fewer if memory is full.
+
+        Who is alone, with nothing of this run on its way in, has nothing to wait for: a block
+        without room passes by then, and all that descends from it.
+        """
         offer = self._offer
         window: list[Place] = []
         while self._left and len(window) < self._window_blocks:
-            slot = await offer.tiers.reserve(offer.refs[self._left[0]], offer.block_bytes)
-            if slot is None:
-                break
-            self._slots.add(slot)
-            window.append((self._left.popleft(), slot))
+            index, slot = self._left[0], None
+            if self._has_parent(index):
+                slot = await offer.tiers.reserve(offer.refs[index], offer.block_bytes)
+                if slot is None and (window or not is_alone):
+                    break
+            if slot is not None:
+                self._slots[index] = slot
+            self._left.popleft()
+            window.append((index, slot))
         return window
+
+    def _has_parent(self, index: int) -> bool:
+        """Whether the block above is here, or on its way: otherwise this one is of no use."""
+        no_parent = index == 0 or self._offer.parents[index] is None
+        return no_parent or self._offer.holds(index - 1) or index - 1 in self._slots
 
     def _fill(self, wire: BulkSocket, window: Sequence[Place], digests: list[bytes]) -> None:
         """In a thread. `digests` grows as blocks have come; empty for one that is damaged."""
         offer = self._offer
-        if window[0][1] is None:
-            wire.skip_block(offer.block_bytes)
-            return
-        parcels = [
-            Parcel(offer.space_id, offer.refs[index].key, slot.view)
-            for index, slot in window
-            if slot is not None
-        ]
-        for digest in wire.receive_blocks(parcels):
-            digests.append(digest)
+        for is_kept, places in groupby(window, lambda place: place[1] is not None):
+            if not is_kept:
+                for _ in places:
+                    wire.skip_block(offer.block_bytes)
+                    digests.append(b"")
+                continue
+            parcels = [
+                Parcel(offer.space_id, offer.refs[index].key, slot.view)
+                for index, slot in places
+                if slot is not None
+            ]
+            for digest in wire.receive_blocks(parcels):
+                digests.append(digest)
 
     async def _commit(self, window: Sequence[Place], digests: Sequence[bytes]) -> None:
         """Takes the blocks that came whole, also where the connection ended behind them."""
@@ -106,9 +129,9 @@ class Filling:
             if not digest:
                 self._metrics.corrupt.labels("bulk").inc()
                 _log.warning("a block arrived damaged and was not stored")
-            elif await offer.hold_parent(index):
-                self._slots.discard(slot)
+            is_wanted = bool(digest) and await offer.hold_parent(index)
+            del self._slots[index]
+            if is_wanted:
                 offer.commit(index, slot, digest)
-                continue
-            self._slots.discard(slot)
-            offer.tiers.memory.abort(slot)
+            else:
+                offer.tiers.memory.abort(slot)

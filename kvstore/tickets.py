@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import ResourceExhausted
+from kvstore.api.local import TICKET_BYTES
 
-TICKET_BYTES = 32
 MAX_TICKETS = 1024
 
 
@@ -15,7 +15,7 @@ class Ticket(NamedTuple):
 
     authorization: str | None
     peer: str
-    """The gRPC connection over which it was asked for."""
+    """The connection over which it was asked for."""
     expires_s: float
 
 

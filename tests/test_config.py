@@ -114,6 +114,9 @@ BAD: dict[tuple[str, str], list[str]] = {
     ("shared_memory", "enabled"): ["perhaps"],
     ("shared_memory", "memory_fraction"): ["0", "0.91", "nan"],
     ("shared_memory", "client_fraction"): ["0", "0.91", "nan"],
+    ("bulk", "enabled"): ["perhaps"],
+    ("bulk", "listen"): ["7071", "localhost", "localhost:x", "localhost:65536"],
+    ("bulk", "max_connections"): ["0", "4097", "x"],
 }
 PATHS = {
     ("auth", "tokens_file"),

@@ -790,6 +790,7 @@ async def test_who_brings_no_token_gets_nothing(nodes: Nodes, tmp_path: Path) ->
             lambda who: stub.Watch(pb.WatchRequest(), metadata=who).read(),
             lambda who: stub.Scrub(pb.ScrubRequest(), metadata=who).read(),
             lambda who: stub.Attach(pb.AttachRequest(), metadata=who),
+            lambda who: stub.Connect(pb.ConnectRequest(), metadata=who),
         ]
         assert len(calls) == len(pb.DESCRIPTOR.services_by_name["KVStore"].methods)
         for call in calls:

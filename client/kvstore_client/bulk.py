@@ -174,7 +174,7 @@ class Bulk:
             deadline = Deadline(self._clock, CONNECT_S)
             async with asyncio.timeout(CONNECT_S):
                 wire = await connect(self._caller, self._host, self._tls, deadline)
-        except (KvstoreError, OSError, ValueError, grpc.aio.BaseError) as error:
+        except (KvstoreError, OSError, ValueError, grpc.RpcError, grpc.aio.BaseError) as error:
             # A firewall, an older node: the stream is always there.
             _log.info("no bulk path to the node: %s", describe(error))
             gone = isinstance(error, grpc.aio.AioRpcError) and error.code() in _GONE

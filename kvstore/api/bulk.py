@@ -8,16 +8,15 @@ many as its space says, and then its digest.
 import asyncio
 import socket
 import ssl
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from kvstore.api.digest import DIGEST_BYTES, begin_digest, block_digest
 from kvstore.api.errors import KvstoreError
+from kvstore.api.local import LENGTH
 from kvstore.api.wire import MESSAGE_BYTES
 
 GREETING = b"kvbulk/1"
-TICKET_BYTES = 32
 WELCOME = b"\x01"
 REFUSED = b"\x00"
 CHUNK_BYTES = 2 << 20
@@ -27,7 +26,6 @@ MOST_VIEWS = 512
 """That one call of the system takes; Linux allows 1024."""
 KEEPALIVE_S = 10
 """Of silence, after which the kernel asks three times whether the other end is still there."""
-_LENGTH = struct.Struct("<I")
 _ASK_S = 5
 
 Answer = TypeVar("Answer")
@@ -90,13 +88,13 @@ class BulkSocket:
 
     def send_message(self, packed: bytes) -> None:
         """Raises Hangup."""
-        self._send([_LENGTH.pack(len(packed)), packed])
+        self._send([LENGTH.pack(len(packed)), packed])
 
     def receive_message(self) -> bytes:
         """Raises Hangup, and KvstoreError for one that is longer than any may be."""
-        head = bytearray(_LENGTH.size)
+        head = bytearray(LENGTH.size)
         self._receive([memoryview(head)])
-        [length] = _LENGTH.unpack(head)
+        [length] = LENGTH.unpack(head)
         if length > MESSAGE_BYTES:
             raise KvstoreError(f"a message of {length} bytes; at most {MESSAGE_BYTES} are taken")
         packed, part = bytearray(), memoryview(bytearray(min(length, SCRATCH_BYTES)))
