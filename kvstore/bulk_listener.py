@@ -91,6 +91,7 @@ class BulkListener:
             port=self.port,
             ticket=self._tickets.give(authorization, peer),
             ticket_ms=round(TICKET_S * 1000),
+            tls=self._tls is not None,
         )
 
     async def close(self) -> None:

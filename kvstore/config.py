@@ -105,6 +105,13 @@ class ServerSettings(_Section):
         10.0, ge=0, le=600, description="how long calls may finish and memory be flushed at a stop"
     )
     reflection: bool = Field(False, description="gRPC reflection, for exploring with grpcurl")
+    tls_certificate_file: HomePath | None = Field(
+        None,
+        description="certificate chain (PEM) of gRPC and the bulk path; empty: both without TLS",
+    )
+    tls_key_file: HomePath | None = Field(
+        None, description="private key (PEM) of tls_certificate_file"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "ServerSettings":
@@ -116,6 +123,9 @@ class ServerSettings(_Section):
             )
         if self.inflight_bytes_per_client > self.inflight_bytes:
             raise ValueError("inflight_bytes_per_client: must not exceed inflight_bytes")
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            lacking = "tls_key_file" if self.tls_key_file is None else "tls_certificate_file"
+            raise ValueError(f"{lacking}: is needed as well, for TLS")
         return self
 
 

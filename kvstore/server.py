@@ -24,6 +24,7 @@ from kvstore.admission import Admission, Limits
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
+from kvstore.api.tls import Identity
 from kvstore.api.v1 import kvstore_pb2
 from kvstore.api.v1.kvstore_pb2 import AttachReply, ConnectReply
 from kvstore.attachment import Room
@@ -36,6 +37,7 @@ from kvstore.config import (
     DiskSettings,
     MemorySettings,
     RedisSettings,
+    ServerSettings,
     Settings,
     is_wildcard,
 )
@@ -103,6 +105,7 @@ class NodeServer:
         self._closers: list[Callable[[], Any]] = []
         self._local: LocalSocket | None = None
         self._bulk: BulkListener | None = None
+        self._identity: Identity | None = None
         self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
         self.metrics_endpoint = ""
         self.hangs = False
@@ -127,7 +130,8 @@ class NodeServer:
             options=_grpc_options(settings),
             maximum_concurrent_rpcs=settings.server.max_concurrent_calls,
         )
-        port = _listen(grpc_server, settings.server.listen)
+        identity = _identity(settings.server)
+        port = _listen(grpc_server, settings.server.listen, identity)
         runner = ThreadRunner(settings.disk.threads)
         digester = ThreadRunner(DIGEST_THREADS)
         let_go: list[Callable[[], None]] = []
@@ -160,6 +164,7 @@ class NodeServer:
         calls = _calls(settings, tenants, clock, metrics)
         health_servicer = Health(settings.server.max_watchers)
         server = cls(settings, node, calls, grpc_server, health_servicer, runner, let_go, port)
+        server._identity = identity
         server._closers.append(lambda: digester.close(CLOSE_S / 2))
         try:
             await server._serve(tenants)
@@ -230,6 +235,7 @@ class NodeServer:
             self.node,
             self.calls,
             max_connections=bulk.max_connections,
+            tls=self._identity.context if self._identity is not None else None,
         )
         try:
             await listener.start()
@@ -498,8 +504,29 @@ def _calls(settings: Settings, tenants: Tenants, clock: Clock, metrics: Metrics)
     )
 
 
-def _listen(server: grpc.aio.Server, listen: str) -> int:
+def _identity(settings: ServerSettings) -> Identity | None:
+    """What TLS needs, where it is on."""
+    certificate_file, key_file = settings.tls_certificate_file, settings.tls_key_file
+    if certificate_file is None or key_file is None:
+        return None
+    for name, file in (("tls_certificate_file", certificate_file), ("tls_key_file", key_file)):
+        try:
+            file.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"server.{name}: {file}: {error.strerror}") from None
     try:
+        return Identity.read(certificate_file, key_file)
+    except OSError:
+        raise ConfigError(
+            f"server.tls_certificate_file: {certificate_file}: no certificate (PEM) that belongs "
+            f"to the key in server.tls_key_file: {key_file}"
+        ) from None
+
+
+def _listen(server: grpc.aio.Server, listen: str, identity: Identity | None) -> int:
+    try:
+        if identity is not None:
+            return server.add_secure_port(listen, identity.credentials)
         return server.add_insecure_port(listen)
     except RuntimeError:
         raise ConfigError(f"server.listen: {listen} is taken or not of this host") from None

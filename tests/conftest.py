@@ -25,7 +25,7 @@ NODE_TESTS = (
     "tiered", "lending", "admission", "guarded", "node", "grpc", "config", "tenants",
     "serve_process", "proofs_service", "simulator", "policy_order", "policy_proofs",
     "replay_command", "replay_files", "replay_optimum", "plan", "calls", "digests",
-    "shared_memory", "bulk",
+    "shared_memory", "bulk", "tls",
 )  # fmt: skip
 if any(importlib.util.find_spec(name) is None for name in NODE_NEEDS):
     collect_ignore = [f"test_{name}.py" for name in NODE_TESTS]

@@ -21,6 +21,11 @@ async def connect(
     invitation = await caller.unary(caller.stub.Connect, pb.ConnectRequest(), deadline)
     if not invitation.port:
         return None
+    if invitation.tls != (tls is not None):
+        # A ticket is not said in the clear, nor bytes taken from somebody who shows no name.
+        raise KvstoreError(
+            "the bulk path has TLS" if invitation.tls else "the bulk path has no TLS"
+        )
     host = invitation.host or dialled_host
     connection = await _dial(host, invitation.port)
     try:

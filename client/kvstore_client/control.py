@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +11,7 @@ import grpc
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import KvstoreError
 from kvstore.api.space import SpaceDescriptor
+from kvstore.api.tls import Trust
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import check_space_id, pack_keys
 from kvstore_client.arguments import check_keys
@@ -33,8 +35,9 @@ class ControlClient:
     from and to its memory, from the first `open_space` on. With `bulk` those of other nodes come
     over connections of their own, where they can be had, and otherwise over the channel.
 
-    `endpoint` is host:port or unix:/path. A `channel` that is handed in (for TLS, say) stays the
-    caller's, who closes it.
+    `endpoint` is host:port or unix:/path. With `tls_ca_file` all goes over TLS, to a node that
+    shows a certificate for its host that one of those in the file has signed. A `channel` that is
+    handed in stays the caller's, who closes it; its own credentials do not cover the bulk path.
     """
 
     def __init__(
@@ -47,14 +50,19 @@ class ControlClient:
         channel: grpc.aio.Channel | None = None,
         shared_memory: bool = True,
         bulk: bool = True,
+        tls_ca_file: Path | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.budgets = budgets or Budgets()
         self.clock = clock or SystemClock()
         self._owned = channel is None
-        self._caller = Caller(channel or open_channel(endpoint), token, self.clock)
+        trust = Trust.read(tls_ca_file) if tls_ca_file is not None else None
+        self._caller = Caller(
+            channel or open_channel(endpoint, trust), token, self.clock, is_plaintext=trust is None
+        )
         self._neighbour = Neighbour(self._caller, self.clock, wanted=shared_memory)
-        self._bulk = Bulk(self._caller, self.clock, endpoint, wanted=bulk)
+        tls = trust.context if trust is not None else None
+        self._bulk = Bulk(self._caller, self.clock, endpoint, wanted=bulk, tls=tls)
 
     def __repr__(self) -> str:
         state = "closed" if self._caller.closed else "open"

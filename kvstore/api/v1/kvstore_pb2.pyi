@@ -1431,6 +1431,7 @@ class ConnectReply(_message.Message):
     PORT_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     TICKET_MS_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """to connect to; empty: the one that this call was sent to"""
     port: _builtins.int
@@ -1439,6 +1440,8 @@ class ConnectReply(_message.Message):
     """32 bytes, to be shown there once"""
     ticket_ms: _builtins.int
     """for how long it is good"""
+    tls: _builtins.bool
+    """whether the connection begins with a TLS handshake, in which"""
     def __init__(
         self,
         *,
@@ -1446,10 +1449,11 @@ class ConnectReply(_message.Message):
         port: _builtins.int = ...,
         ticket: _builtins.bytes = ...,
         ticket_ms: _builtins.int = ...,
+        tls: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port", "ticket", b"ticket", "ticket_ms", b"ticket_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port", "ticket", b"ticket", "ticket_ms", b"ticket_ms", "tls", b"tls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
