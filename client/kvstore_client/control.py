@@ -90,6 +90,11 @@ class ControlClient:
         return self._caller.closed
 
     @property
+    def bulk_connections(self) -> int:
+        """How many connections of the bulk path there are now."""
+        return self._bulk.connections
+
+    @property
     def connected(self) -> bool:
         """False while the node cannot be reached, and after `close`. Asks nobody."""
         if self._caller.closed:
