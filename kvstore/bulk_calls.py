@@ -4,6 +4,7 @@ They have the same limits, deadlines, errors and metrics as calls over gRPC.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from kvstore.api.bulk import BulkSocket, Parcel, undisturbed
+from kvstore.api.bulk import BulkSocket, Parcel
 from kvstore.api.digest import DIGEST_BYTES
 from kvstore.api.errors import InvalidArgument
 from kvstore.api.keys import KEY_BYTES
@@ -19,7 +20,7 @@ from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import check_space_id, unpack_keys
 from kvstore.bulk_line import Line
 from kvstore.calls import Call, CallerGone, Calls
-from kvstore.filling import WINDOW_BYTES, Filling
+from kvstore.filling import WINDOW_BYTES, WINDOWS, Filling
 from kvstore.local_calls import LocalContext, Refused
 from kvstore.node import Node
 from kvstore.reading import Delivered, Gathered, Reading
@@ -28,8 +29,6 @@ from kvstore.tickets import Ticket
 
 LAST_WORDS_S = 1.0
 """Who does not take a refusal for so long hears of nothing more."""
-WINDOWS = 2
-"""Of a call at a time: one is on its way while the next one is made ready."""
 
 
 class BulkCalls:
@@ -80,7 +79,7 @@ class BulkCalls:
             offer = await begin_offer(self._node, call.tenant, begin)
             filling = Filling(offer, self._line, self._node.metrics)
             try:
-                await self._answer(pb.BulkReply(offer=pb.WriteOffer(wanted=offer.wanted)))
+                self._begin_answer(pb.BulkReply(offer=pb.WriteOffer(wanted=offer.wanted)))
                 await filling.receive()
             finally:
                 filling.close()
@@ -96,20 +95,21 @@ class BulkCalls:
             sending = _Sending(self._line)
             try:
                 await self._send_windows(reading, sending, prefix_only)
-                await sending.settle()
+                await sending.settle(0)
             finally:
                 await sending.close()
 
     async def _send_windows(self, reading: Reading, sending: "_Sending", prefix_only: bool) -> None:
         windows = list(reading.windows(WINDOW_BYTES))
         for number, window in enumerate(windows, start=1):
+            await sending.settle(WINDOWS - 1)
             gathered = await reading.gather(window)
             self._has_answered = True
             blocks = gathered.blocks
             if prefix_only:
                 blocks = _leading(blocks)
             is_last = number == len(windows) or len(blocks) < len(window)
-            await sending.send(gathered, blocks, is_last)
+            sending.send(gathered, blocks, is_last)
             if is_last:
                 return
         await self._answer(pb.BulkReply(window=pb.BulkWindow(last=True)))
@@ -121,50 +121,47 @@ class BulkCalls:
         return min(keys * block_bytes, WINDOWS * window_bytes) + KEY_COST_BYTES * keys
 
     async def _answer(self, reply: pb.BulkReply) -> None:
+        await self._line.ended(self._begin_answer(reply))
+
+    def _begin_answer(self, reply: pb.BulkReply) -> asyncio.Future[None]:
         self._has_answered = True
         packed = reply.SerializeToString()
-        await self._line.run(partial(self._line.wire.send_message, packed))
+        return self._line.begin(partial(self._line.wire.send_message, packed))
 
 
 class _Sending:
-    """Sends one window while its owner makes the next one ready. Call `close` however it ends.
+    """Windows on their way to the reader. Call `close` however it ends.
 
-    Invariant: the blocks of `_gathered` stay pinned as long as a thread may send them.
+    Invariant: the blocks of a window stay pinned as long as a thread may send them.
     """
 
     def __init__(self, line: Line) -> None:
         self._line = line
-        self._under_way: asyncio.Future[None] | None = None
-        self._gathered: Gathered | None = None
+        self._going: deque[tuple[Gathered, asyncio.Future[None]]] = deque()
 
-    async def send(self, gathered: Gathered, blocks: Sequence[Delivered], is_last: bool) -> None:
-        """Begins to send a window, once the one before it is gone. Raises CallerGone."""
-        try:
-            await self.settle()
-        except BaseException:
-            gathered.close()
-            raise
-        self._gathered = gathered
+    def send(self, gathered: Gathered, blocks: Sequence[Delivered], is_last: bool) -> None:
+        """Sends a window behind those before it, and closes it then."""
         work = partial(_send_window, self._line.wire, blocks, is_last)
-        self._under_way = asyncio.ensure_future(self._line.run(work))
+        self._going.append((gathered, self._line.begin(work)))
 
-    async def settle(self) -> None:
-        """Returns when nothing is under way. Raises CallerGone."""
-        under_way, self._under_way = self._under_way, None
-        try:
-            if under_way is not None:
-                await undisturbed(under_way, under_way.cancel)
-        finally:
-            if self._gathered is not None:
-                self._gathered.close()
-                self._gathered = None
+    async def settle(self, most: int) -> None:
+        """Returns when at most so many windows are on their way. Raises CallerGone."""
+        while len(self._going) > most:
+            gathered, sent = self._going[0]
+            try:
+                await self._line.ended(sent)
+            finally:
+                self._going.popleft()
+                gathered.close()
 
     async def close(self) -> None:
-        """Ends what is under way, and the connection with it."""
-        if self._under_way is not None:
-            self._under_way.cancel()
-        with suppress(CallerGone, asyncio.CancelledError):
-            await self.settle()
+        """Ends what is on its way, and the connection with it."""
+        if self._going:
+            self._line.wire.shut()
+        while self._going:
+            # Who is cancelled once more leaves no sooner: threads still send the blocks.
+            with suppress(CallerGone, asyncio.CancelledError):
+                await self.settle(len(self._going) - 1)
 
 
 def _send_window(wire: BulkSocket, blocks: Sequence[Delivered], is_last: bool) -> None:

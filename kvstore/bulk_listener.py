@@ -158,7 +158,7 @@ class BulkListener:
         except (KvstoreError, DecodeError, TimeoutError) as error:
             _log.warning("a client of the bulk path was cut off: %s", error)
         finally:
-            wire.close()
+            await line.close()
             self._connections[ticket.peer] -= 1
             if not self._connections[ticket.peer]:
                 del self._connections[ticket.peer]

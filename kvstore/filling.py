@@ -4,11 +4,14 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
-from kvstore.api.bulk import BulkSocket, Parcel, undisturbed
+from kvstore.api.bulk import BulkSocket, Parcel
 from kvstore.bulk_line import Line
+from kvstore.calls import CallerGone
 from kvstore.metrics import Metrics
 from kvstore.offer import Offer
 from kvstore.tiers.memory import Slot
@@ -16,12 +19,24 @@ from kvstore.tiers.memory import Slot
 _log = logging.getLogger("kvstore.write")
 
 WINDOW_BYTES = 8 << 20
-"""So much is reserved at a time: one window is filled while the next one is made room for."""
+"""So much is reserved at a time."""
 WINDOW_FRACTION = 16
 """Of memory at most: the windows of a few writers must not be all of it."""
 
+WINDOWS = 2
+"""One is filled while the next one waits for what follows."""
+
 Place = tuple[int, Slot | None]
 """A block of the run and its slot; None: its bytes pass by."""
+
+
+class _Window(NamedTuple):
+    """Places that a thread fills, or will."""
+
+    places: list[Place]
+    digests: list[bytes]
+    """It grows as blocks have come; empty for one that is damaged."""
+    filled: asyncio.Future[None]
 
 
 class Filling:
@@ -37,6 +52,7 @@ class Filling:
         self._left = deque(offer.wanted)
         self._slots: dict[int, Slot] = {}
         """By index in the run."""
+        self._coming: deque[_Window] = deque()
         memory = offer.tiers.memory
         share_bytes = memory.share_bytes(offer.block_bytes)
         most_bytes = min(WINDOW_BYTES, memory.capacity_bytes // WINDOW_FRACTION)
@@ -45,25 +61,16 @@ class Filling:
     async def receive(self) -> None:
         """Takes the blocks of the offer. Raises CallerGone if the connection ends before."""
         await self._hold_above(self._left)
-        window = await self._reserve(is_alone=True)
-        while window:
-            following: list[Place] = []
-            digests: list[bytes] = []
-            work = partial(self._fill, self._line.wire, window, digests)
-            filling = asyncio.ensure_future(self._line.run(work))
-            try:
-                following = await self._reserve(is_alone=False)
-            except BaseException:
-                filling.cancel()
-                raise
-            finally:
-                # Only then may slots be given back, or be anybody's to read.
-                try:
-                    await undisturbed(filling, filling.cancel)
-                finally:
-                    await self._commit(window, digests)
-            await self._hold_above([index for index, _ in following] or self._left)
-            window = following or await self._reserve(is_alone=True)
+        try:
+            while await self._prepare():
+                await self._take_next()
+        finally:
+            if self._coming:
+                self._line.wire.shut()
+            while self._coming:
+                # Who is cancelled once more leaves no sooner: threads still fill the slots.
+                with suppress(CallerGone, asyncio.CancelledError):
+                    await self._take_next()
         self._offer.advise()
 
     def close(self) -> None:
@@ -72,6 +79,29 @@ class Filling:
         for slot in slots.values():
             self._offer.tiers.memory.abort(slot)
         self._offer.close()
+
+    async def _prepare(self) -> bool:
+        """Has windows ready for what comes next. False: nothing comes."""
+        while self._left and len(self._coming) < WINDOWS:
+            window = await self._reserve(is_alone=not self._coming)
+            if not window:
+                break
+            digests: list[bytes] = []
+            work = partial(self._fill, self._line.wire, window, digests)
+            self._coming.append(_Window(window, digests, self._line.begin(work)))
+        return bool(self._coming)
+
+    async def _take_next(self) -> None:
+        """Commits the window that comes first, as far as it came. Raises CallerGone."""
+        first = self._coming[0]
+        try:
+            # Only then may its slots be given back, or be anybody's to read.
+            await self._line.ended(first.filled)
+        finally:
+            self._coming.popleft()
+            await self._commit(first.places, first.digests)
+            coming = self._coming[0].places if self._coming else []
+            await self._hold_above([index for index, _ in coming] or self._left)
 
     async def _hold_above(self, indexes: Sequence[int]) -> None:
         """Keeps the block above the first of these here while room is made for others."""
@@ -104,7 +134,7 @@ class Filling:
         return no_parent or self._offer.holds(index - 1) or index - 1 in self._slots
 
     def _fill(self, wire: BulkSocket, window: Sequence[Place], digests: list[bytes]) -> None:
-        """In a thread. `digests` grows as blocks have come; empty for one that is damaged."""
+        """In a thread."""
         offer = self._offer
         for is_kept, places in groupby(window, lambda place: place[1] is not None):
             if not is_kept:
