@@ -3,6 +3,7 @@
 import asyncio
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from kvstore.bulk_listener import MAX_OF_ONE, BulkListener
 from kvstore.server import NodeServer
 from kvstore.tenants import token_hash
 from kvstore_client import AsyncClient, Client, Space
+from kvstore_client.budgets import Deadline
 from kvstore_client.bulk_connection import host_of
 from tests.sim.blocks import keys_of
 from tests.sim.nodes import (
@@ -537,6 +539,31 @@ async def test_nothing_writes_to_a_buffer_after_its_load_returned(nodes: Nodes, 
         assert all(buffer == b"\xdd" * LARGE for buffer in buffers)
         assert await load(client, space, keys) == ["memory"] * 3
     await idle(server)
+
+
+async def test_a_call_leaves_only_after_its_thread(nodes: Nodes) -> None:
+    """However often it is cancelled, and however long that thread takes to notice."""
+    server = await nodes.start()
+    client = await connect(nodes, server)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work(wire: BulkSocket) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    call = asyncio.create_task(
+        client._bulk._call(pb.BulkRequest(), Deadline(client.clock, 60), work)
+    )
+    await asyncio.to_thread(begun.wait, 60)
+    for _ in range(3):
+        call.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not call.done()
+    go_on.set()
+    await asyncio.wait([call])
+    assert call.cancelled()
+    assert client._bulk.connections == 0
 
 
 @pytest.mark.parametrize("op", ["load", "store"])

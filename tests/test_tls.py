@@ -169,6 +169,17 @@ async def test_the_bulk_path_is_verified_by_itself(
     await hung_up(server)
 
 
+async def test_the_node_has_one_name_on_both_paths(nodes: Nodes, certificate: Certificate) -> None:
+    """The one that the client called it by, also where its bulk path has a host of its own."""
+    listen = {"listen": "127.0.0.1:0", "metrics_listen": ""}
+    server = await nodes.start(server=listen | certificate.settings, bulk={"listen": "127.0.0.2:0"})
+    client = client_of(nodes, server, certificate.certificate_file)
+    space = await client.open_space(descriptor_of())
+    assert client.bulk_connections == 1
+    assert await store(client, space, keys_of("chat", 3)) == [True] * 3
+    assert await served(server, "bulk_write") == 1
+
+
 async def test_who_has_no_tls_is_not_let_in_at_the_bulk_port(
     nodes: Nodes, server: NodeServer
 ) -> None:
