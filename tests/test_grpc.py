@@ -1024,7 +1024,9 @@ async def test_status_adds_up(nodes: Nodes, redis_url: str) -> None:
 
 async def test_metrics_are_served_and_add_up(nodes: Nodes) -> None:
     """Every declared metric is exposed over HTTP; hits and misses are what was asked."""
-    server = await nodes.start(memory=SMALL_MEMORY, server={"metrics_listen": "127.0.0.1:0"})
+    server = await nodes.start(
+        memory=SMALL_MEMORY, server={"metrics_listen": "127.0.0.1:0"}, bulk={"enabled": False}
+    )
     client, space = await opened(nodes, server)
     keys, absent = keys_of("chain", BLOCKS), keys_of("absent", 7)
     await store(client, space, keys)

@@ -108,6 +108,11 @@ class Client:
         """What was lost without an exception, by the names of `losses.MEANINGS`."""
         return self._client.counters
 
+    @property
+    def bulk_connections(self) -> int:
+        """How many connections of the bulk path there are now."""
+        return self._client.bulk_connections
+
     def open_space(self, descriptor: SpaceDescriptor) -> Space:
         """See `AsyncClient.open_space`."""
         return self._thread.run(self._client.open_space(descriptor))
