@@ -34,6 +34,10 @@ LAST_WRITE_S = 1.0
 """Who does not take a reply for so long hears of nothing more."""
 
 
+class CallerGone(Exception):
+    """When the caller has hung up in the middle of a call: there is nobody to answer."""
+
+
 def authorization(context: Context) -> str | None:
     """What the caller shows of himself."""
     metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
@@ -152,8 +156,9 @@ class Calls:
             status = grpc.StatusCode.DEADLINE_EXCEEDED
             await context.abort(status, f"server.max_deadline_s: {self._max_deadline_s:g} s")
         except Exception as error:
-            # What comes from gRPC itself says that the caller is gone.
-            if not type(error).__module__.startswith("grpc."):
+            # What comes from gRPC itself says that the caller is gone, too.
+            gone = isinstance(error, CallerGone) or type(error).__module__.startswith("grpc.")
+            if not gone:
                 status = grpc.StatusCode.UNKNOWN
                 _log.exception("%s failed", op)
             raise

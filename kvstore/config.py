@@ -123,6 +123,13 @@ class ServerSettings(_Section):
         10.0, ge=0, le=600, description="how long calls may finish and memory be flushed at a stop"
     )
     reflection: bool = Field(False, description="gRPC reflection, for exploring with grpcurl")
+    tls_certificate_file: HomePath | None = Field(
+        None,
+        description="certificate chain (PEM) of gRPC and the bulk path; empty: both without TLS",
+    )
+    tls_key_file: HomePath | None = Field(
+        None, description="private key (PEM) of tls_certificate_file"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "ServerSettings":
@@ -134,6 +141,9 @@ class ServerSettings(_Section):
             )
         if self.inflight_bytes_per_client > self.inflight_bytes:
             raise ValueError("inflight_bytes_per_client: must not exceed inflight_bytes")
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            lacking = "tls_key_file" if self.tls_key_file is None else "tls_certificate_file"
+            raise ValueError(f"{lacking}: is needed as well, for TLS")
         return self
 
 
@@ -257,6 +267,24 @@ class SharedMemorySettings(_Section):
     )
 
 
+class BulkSettings(_Section):
+    """The bulk path: the bytes of blocks over connections of their own."""
+
+    enabled: bool = Field(
+        True,
+        description="offer it to clients that do not share the node's memory; without it, or where "
+        "they cannot reach it, they use gRPC",
+    )
+    listen: Listen | None = Field(
+        None,
+        description="HOST:PORT of it, as clients reach it; empty: the host of server.listen, any "
+        "free port",
+    )
+    max_connections: int = Field(
+        256, ge=1, le=4096, description="of all clients; each that is in use takes a thread"
+    )
+
+
 class LeaseSettings(_Section):
     """What Match may promise."""
 
@@ -280,6 +308,7 @@ class Settings(_Section):
     disk: DiskSettings = Field(default_factory=DiskSettings)
     leases: LeaseSettings = Field(default_factory=LeaseSettings)
     shared_memory: SharedMemorySettings = Field(default_factory=SharedMemorySettings)
+    bulk: BulkSettings = Field(default_factory=BulkSettings)
 
     @model_validator(mode="after")
     def _guarded(self) -> "Settings":
@@ -288,7 +317,12 @@ class Settings(_Section):
                 f"server.listen: {self.server.listen} is reachable from other hosts: set "
                 "auth.tokens_file, or listen on 127.0.0.1"
             )
-        if self.redis.directory_url and _is_wildcard(self.server.listen):
+        if self.auth.tokens_file is None and not _is_loopback(self.bulk.listen or "127.0.0.1:0"):
+            raise ValueError(
+                f"bulk.listen: {self.bulk.listen} is reachable from other hosts: set "
+                "auth.tokens_file, or listen on 127.0.0.1"
+            )
+        if self.redis.directory_url and is_wildcard(self.server.listen.rpartition(":")[0]):
             raise ValueError(
                 f"server.listen: other nodes cannot reach {self.server.listen}: with "
                 "redis.directory_url it must name this host's own address"
@@ -296,9 +330,9 @@ class Settings(_Section):
         return self
 
 
-def _is_wildcard(listen: str) -> bool:
-    host = listen.rpartition(":")[0].strip("[]")
-    return host in ("0.0.0.0", "::")  # noqa: S104  Compared, not bound.
+def is_wildcard(host: str) -> bool:
+    """Whether who listens there listens at every address of this machine."""
+    return host.strip("[]") in ("0.0.0.0", "::")  # noqa: S104  Compared, not bound.
 
 
 def _is_loopback(listen: str) -> bool:

@@ -10,11 +10,9 @@ import contextlib
 import hashlib
 import logging
 import os
-import secrets
 import socket
 import struct
 from pathlib import Path
-from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -26,11 +24,11 @@ from kvstore.attachment import Attachment, Room
 from kvstore.calls import Calls
 from kvstore.local_calls import LocalCalls
 from kvstore.node import Node
+from kvstore.tickets import Ticket, Tickets
 
 _log = logging.getLogger("kvstore.local")
 
 TICKET_S = 10.0
-MAX_TICKETS = 1024
 HELLO_S = 5.0
 MAX_CLIENTS = 1024
 BACKLOG = 128
@@ -38,13 +36,6 @@ _PEER = struct.Struct("<iII")
 """Process, user and group of the other side, as the kernel tells them."""
 LONGEST_PATH_BYTES = 107
 """What fits the address of a unix socket."""
-
-
-class Ticket(NamedTuple):
-    """What its bearer may do, and until when."""
-
-    authorization: str | None
-    expires_s: float
 
 
 class LocalSocket:
@@ -59,7 +50,7 @@ class LocalSocket:
         self._node = node
         self._calls = calls
         self._room = room
-        self._tickets: dict[bytes, Ticket] = {}
+        self._tickets = Tickets(node.clock, TICKET_S)
         self._listening: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._serving: set[asyncio.Task[None]] = set()
@@ -71,14 +62,12 @@ class LocalSocket:
 
     def ticket(self, authorization: str | None) -> pb.AttachReply:
         """Invites somebody whom gRPC has authenticated by this header."""
-        now_s = self._node.clock.monotonic_s()
-        self._tickets = {t: known for t, known in self._tickets.items() if known.expires_s > now_s}
-        if len(self._tickets) >= MAX_TICKETS or len(self._serving) >= MAX_CLIENTS:
-            raise ResourceExhausted("attach: too many clients attach at once")
-        ticket = secrets.token_bytes(TICKET_BYTES)
-        self._tickets[ticket] = Ticket(authorization, now_s + TICKET_S)
+        if len(self._serving) >= MAX_CLIENTS:
+            raise ResourceExhausted(f"attach: {MAX_CLIENTS} clients are attached")
         return pb.AttachReply(
-            socket_path=str(self.path), ticket=ticket, ticket_ms=round(TICKET_S * 1000)
+            socket_path=str(self.path),
+            ticket=self._tickets.give(authorization, "attached"),
+            ticket_ms=round(TICKET_S * 1000),
         )
 
     async def close(self) -> None:
@@ -142,9 +131,8 @@ class LocalSocket:
             if not more:
                 return None
             shown += more
-        ticket = self._tickets.pop(shown, None)
-        good = ticket is not None and ticket.expires_s > self._node.clock.monotonic_s()
-        if ticket is None or not good or not _is_ours(connection):
+        ticket = self._tickets.take(shown)
+        if ticket is None or not _is_ours(connection):
             await loop.sock_sendall(connection, HELLO.pack(REFUSED, 0))
             return None
         arena = self._node.tiers.memory.arena

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvstore.api.errors import Shed
@@ -26,6 +26,20 @@ class Delivered:
     tier: str = ""
 
 
+class Gathered:
+    """A window of a read. The views of its blocks are valid until `close`."""
+
+    def __init__(self, tiers: Tiered, blocks: list[Delivered], held: Collection[Acquired]) -> None:
+        self.blocks = blocks
+        self._tiers = tiers
+        self._held = held
+
+    def close(self) -> None:
+        """Lets the blocks go. Later calls change nothing."""
+        held, self._held = self._held, ()
+        self._tiers.release(held)
+
+
 class Reading:
     """One read, under a lease or none, for a caller who has `left_s` of time.
 
@@ -47,24 +61,35 @@ class Reading:
         self._origin = lease.tiers if lease else {}
         self._slow_is_full = slow_is_full
         self._left_s = left_s
+        self._gathered = 0
 
     async def blocks(self) -> AsyncGenerator[Delivered, None]:
         """The blocks in order. Raises Shed ahead of the first one."""
-        done = 0
         for window in windows(self._wants):
-            if not done:
-                self._check_busy(window)
-            held, lent = await self._gather(window, self._left_s())
+            gathered = await self.gather(window)
             try:
-                for index, want in enumerate(window, start=done):
-                    block = held.get(want.ref)
-                    if block is None:
-                        yield Delivered(index, *lent.get(want.ref, (None,)))
-                        continue
-                    yield Delivered(index, block.slot.view, block.slot.digest, self.tier(block))
+                for block in gathered.blocks:
+                    yield block
             finally:
-                self._tiers.release(held.values())
-            done += len(window)
+                gathered.close()
+
+    async def gather(self, window: list[Want]) -> Gathered:
+        """The next window of `windows`, as far as it can be had in time; the caller closes it.
+
+        Raises Shed ahead of the first one.
+        """
+        if not self._gathered:
+            self._check_busy(window)
+        held, lent = await self._gather(window, self._left_s())
+        blocks = []
+        for index, want in enumerate(window, start=self._gathered):
+            block = held.get(want.ref)
+            if block is None:
+                blocks.append(Delivered(index, *lent.get(want.ref, (None,))))
+                continue
+            blocks.append(Delivered(index, block.slot.view, block.slot.digest, self.tier(block)))
+        self._gathered += len(window)
+        return Gathered(self._tiers, blocks, held.values())
 
     def windows(self, window_bytes: int) -> Iterator[list[Want]]:
         """The blocks in order, about so many bytes at a time, for `pin`."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kvstore.api.errors import ConfigError
+from kvstore.api.tls import Trust
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1.kvstore_pb2_grpc import KVStoreStub
 from kvstore.files import DirectoryFiles
@@ -52,6 +53,11 @@ def byte_size(context: click.Context, parameter: click.Parameter, text: str | No
     help="A file that holds the bearer token for --endpoint.",
 )
 @click.option(
+    "--tls-ca-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Certificates (PEM) that the node's is signed with; without it, no TLS.",
+)
+@click.option(
     "--rate", "bytes_per_s", callback=byte_size, metavar="BYTES",
     help="Read at most so much a second from a running node, such as 32MiB; its own limit "
     "(disk.scrub_bytes_per_s) is the most.",
@@ -61,6 +67,7 @@ def scrub(
     directory: Path | None,
     endpoint: str | None,
     token_file: Path | None,
+    tls_ca_file: Path | None,
     bytes_per_s: int,
     as_json: bool,
 ) -> None:
@@ -83,7 +90,7 @@ def scrub(
         report = _scrub_directory(directory)
     else:
         assert endpoint is not None
-        report = _scrub_node(endpoint, token_file, bytes_per_s)
+        report = _scrub_node(endpoint, token_file, tls_ca_file, bytes_per_s)
     if as_json:
         click.echo(json.dumps(asdict(report) | {"clean": report.clean}, indent=2))
     else:
@@ -119,25 +126,35 @@ def _add(report: Report, checked: Checked) -> None:
     report.problems += tuple(f"{checked.file}: {problem}" for problem in checked.problems)
 
 
-def _scrub_node(endpoint: str, token_file: Path | None, bytes_per_s: int) -> Report:
+def _scrub_node(
+    endpoint: str, token_file: Path | None, tls_ca_file: Path | None, bytes_per_s: int
+) -> Report:
     report = Report()
     try:
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("blocks", total=None)
-            for reply in _replies(endpoint, token_file, bytes_per_s):
+            for reply in _replies(endpoint, token_file, tls_ca_file, bytes_per_s):
                 bar.update(task, total=reply.total_blocks, completed=reply.checked_blocks)
                 report = Report(reply.checked_blocks, reply.checked_bytes, reply.damaged_blocks)
     except grpc.RpcError as error:
         status = error.code().name if isinstance(error, grpc.Call) else "unreachable"
         detail = error.details() if isinstance(error, grpc.Call) else error
         raise click.ClickException(f"{endpoint}: {status}: {detail}") from None
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
     return report
 
 
-def _replies(endpoint: str, token_file: Path | None, bytes_per_s: int) -> Iterator[pb.ScrubReply]:
+def _replies(
+    endpoint: str, token_file: Path | None, tls_ca_file: Path | None, bytes_per_s: int
+) -> Iterator[pb.ScrubReply]:
     token = token_file.read_text().strip() if token_file is not None else None
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-    with grpc.insecure_channel(endpoint) as channel:
+    if tls_ca_file is not None:
+        opened = grpc.secure_channel(endpoint, Trust.read(tls_ca_file).credentials)
+    else:
+        opened = grpc.insecure_channel(endpoint)
+    with opened as channel:
         request = pb.ScrubRequest(bytes_per_s=bytes_per_s)
         yield from KVStoreStub(channel).Scrub(request, metadata=metadata)
 

@@ -24,9 +24,11 @@ from kvstore.admission import Admission, Limits
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
+from kvstore.api.tls import Identity
 from kvstore.api.v1 import kvstore_pb2
-from kvstore.api.v1.kvstore_pb2 import AttachReply
+from kvstore.api.v1.kvstore_pb2 import AttachReply, ConnectReply
 from kvstore.attachment import Room
+from kvstore.bulk_listener import BulkListener
 from kvstore.calls import Calls
 from kvstore.codec import NO_LOSS
 from kvstore.config import (
@@ -35,7 +37,9 @@ from kvstore.config import (
     DiskSettings,
     MemorySettings,
     RedisSettings,
+    ServerSettings,
     Settings,
+    is_wildcard,
 )
 from kvstore.directory import Directory
 from kvstore.events import Draining, Events, SegmentSealed
@@ -105,6 +109,8 @@ class NodeServer:
         """Of what the runner's threads use."""
         self._closers: list[Callable[[], Any]] = []
         self._local: LocalSocket | None = None
+        self._bulk: BulkListener | None = None
+        self._identity: Identity | None = None
         self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
         self.metrics_endpoint = ""
         self.hangs = False
@@ -129,7 +135,8 @@ class NodeServer:
             options=_grpc_options(settings),
             maximum_concurrent_rpcs=settings.server.max_concurrent_calls,
         )
-        port = _listen(grpc_server, settings.server.listen)
+        identity = _identity(settings.server)
+        port = _listen(grpc_server, settings.server.listen, identity)
         runner = ThreadRunner(settings.disk.threads)
         digester = ThreadRunner(DIGEST_THREADS)
         let_go: list[Callable[[], None]] = []
@@ -164,6 +171,7 @@ class NodeServer:
         calls = _calls(settings, tenants, clock, metrics)
         health_servicer = Health(settings.server.max_watchers)
         server = cls(settings, node, calls, grpc_server, health_servicer, runner, let_go, port)
+        server._identity = identity
         server._closers.append(lambda: digester.close(CLOSE_S / 2))
         try:
             await server._serve(tenants)
@@ -186,6 +194,7 @@ class NodeServer:
             scrub_bytes_per_s=settings.disk.scrub_bytes_per_s,
             directory=directory,
             attach=await self._share(tenants),
+            connect=await self._offer_bulk(),
         )
         serve(servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -221,6 +230,30 @@ class NodeServer:
         self._local = local
         return local.ticket
 
+    async def _offer_bulk(self) -> Callable[[str | None, str], ConnectReply] | None:
+        """How clients get connections of the bulk path, where there is one."""
+        bulk, host = self._settings.bulk, self._settings.server.listen.rpartition(":")[0]
+        if not bulk.enabled:
+            return None
+        own_host = bulk.listen.rpartition(":")[0] if bulk.listen is not None else host
+        listener = BulkListener(
+            bulk.listen or f"{host}:0",
+            "" if own_host == host or is_wildcard(own_host) else own_host.strip("[]"),
+            self.node,
+            self.calls,
+            max_connections=bulk.max_connections,
+            tls=self._identity.context if self._identity is not None else None,
+        )
+        try:
+            await listener.start()
+        except ConfigError as error:
+            if bulk.listen is not None:
+                raise
+            _log.warning("%s; clients are served by gRPC alone", error)
+            return None
+        self._bulk = listener
+        return listener.invite
+
     def _serve_metrics(self, listen: str) -> None:
         host, _, port = listen.rpartition(":")
         metrics = self.node.metrics
@@ -254,6 +287,8 @@ class NodeServer:
             stack.push_async_callback(self._close_node, end_s)
             if self._local is not None:
                 stack.push_async_callback(self._local.close)
+            if self._bulk is not None:
+                stack.push_async_callback(self._bulk.close)
             stack.push_async_callback(self._grpc.stop, None)
             await self._drain(grace_s)
 
@@ -501,8 +536,29 @@ def _calls(settings: Settings, tenants: Tenants, clock: Clock, metrics: Metrics)
     )
 
 
-def _listen(server: grpc.aio.Server, listen: str) -> int:
+def _identity(settings: ServerSettings) -> Identity | None:
+    """What TLS needs, where it is on."""
+    certificate_file, key_file = settings.tls_certificate_file, settings.tls_key_file
+    if certificate_file is None or key_file is None:
+        return None
+    for name, file in (("tls_certificate_file", certificate_file), ("tls_key_file", key_file)):
+        try:
+            file.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"server.{name}: {file}: {error.strerror}") from None
     try:
+        return Identity.read(certificate_file, key_file)
+    except OSError:
+        raise ConfigError(
+            f"server.tls_certificate_file: {certificate_file}: no certificate (PEM) that belongs "
+            f"to the key in server.tls_key_file: {key_file}"
+        ) from None
+
+
+def _listen(server: grpc.aio.Server, listen: str, identity: Identity | None) -> int:
+    try:
+        if identity is not None:
+            return server.add_secure_port(listen, identity.credentials)
         return server.add_insecure_port(listen)
     except RuntimeError:
         raise ConfigError(f"server.listen: {listen} is taken or not of this host") from None

@@ -69,6 +69,7 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         scrub_bytes_per_s: int,
         directory: "Directory | None" = None,
         attach: Callable[[str | None], pb.AttachReply] | None = None,
+        connect: Callable[[str | None, str], pb.ConnectReply] | None = None,
     ) -> None:
         self._node = node
         self._calls = calls
@@ -76,6 +77,7 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._directory = directory
         self._attach = attach
+        self._connect = connect
         self._started_s = node.clock.monotonic_s()
 
     async def OpenSpace(self, request: pb.OpenSpaceRequest, context: Context) -> pb.OpenSpaceReply:
@@ -237,6 +239,13 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
             if self._attach is None:
                 return pb.AttachReply()
             reply = self._attach(authorization(context))
+        return reply
+
+    async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectReply:
+        async with self._calls.call("connect", context):
+            if self._connect is None:
+                return pb.ConnectReply()
+            reply = self._connect(authorization(context), context.peer())
         return reply
 
     async def Watch(  # type: ignore[override]

@@ -71,6 +71,9 @@ class ScriptedNode(pb_grpc.KVStoreServicer):
     async def Attach(self, request: pb.AttachRequest, context: Any) -> pb.AttachReply:
         return pb.AttachReply()  # Nothing is shared.
 
+    async def Connect(self, request: pb.ConnectRequest, context: Any) -> pb.ConnectReply:
+        return pb.ConnectReply()  # There is no bulk path.
+
     async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
         if script := self._note("Match", request, context):
             reply: pb.MatchReply = await script(request, context)

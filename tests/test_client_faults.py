@@ -370,6 +370,32 @@ async def test_a_restarted_node_is_found_again() -> None:
     await second.stop(None)
 
 
+class OlderNode(ScriptedNode):
+    """It knows neither shared memory nor the bulk path."""
+
+    async def Attach(self, request: pb.AttachRequest, context: Any) -> pb.AttachReply:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        raise AssertionError
+
+    async def Connect(self, request: pb.ConnectRequest, context: Any) -> pb.ConnectReply:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        raise AssertionError
+
+
+async def test_an_older_node_is_used_without_a_word() -> None:
+    """What it does not know is no error of anybody, and is not asked again at every call."""
+    async with serving(OlderNode()) as (endpoint, _), AsyncClient(endpoint, budgets=PATIENT) as one:
+        space = await one.open_space(descriptor())
+        tries = [one._neighbour._trying, one._bulk._trying]
+        for trying in tries:
+            assert trying is not None
+            await asyncio.wait([trying])
+            assert trying.exception() is None
+        assert await one.store(space, [key(0)], [block(0, BLOCK_BYTES)]) == [True]
+        assert [one._neighbour._trying, one._bulk._trying] == tries
+        assert not one.counters
+
+
 async def test_a_new_client_does_not_wait_for_what_another_was_refused(
     unused_endpoint: str,
 ) -> None:

@@ -116,12 +116,17 @@ BAD: dict[tuple[str, str], list[str]] = {
     ("shared_memory", "enabled"): ["perhaps"],
     ("shared_memory", "memory_fraction"): ["0", "0.91", "nan"],
     ("shared_memory", "client_fraction"): ["0", "0.91", "nan"],
+    ("bulk", "enabled"): ["perhaps"],
+    ("bulk", "listen"): ["7071", "localhost", "localhost:x", "localhost:65536"],
+    ("bulk", "max_connections"): ["0", "4097", "x"],
 }
 PATHS = {
     ("auth", "tokens_file"),
     ("cluster", "secret_file"),
     ("disk", "path"),
     ("shared_memory", "directory"),
+    ("server", "tls_certificate_file"),
+    ("server", "tls_key_file"),
 }
 PERIODS = {name for name in NAMES if name[0] == "disk" and name[1].endswith("_after_s")}
 BAD |= {name: ["0", "-1", "86401"] for name in PERIODS}
@@ -224,6 +229,22 @@ def test_who_can_be_reached_needs_tokens(tmp_path: Path, listen: str) -> None:
         ("server", "listen"): listen, ("auth", "tokens_file"): tokens,
     })  # fmt: skip
     assert settings.server.listen == listen
+
+
+def test_a_bulk_port_that_others_can_reach_needs_tokens_too(tmp_path: Path) -> None:
+    """Also where gRPC itself listens on loopback."""
+    message = complaint({("bulk", "listen"): "0.0.0.0:7071"})
+    assert "bulk.listen: 0.0.0.0:7071 is reachable from other hosts" in message
+    flags = {("bulk", "listen"): "0.0.0.0:7071", ("auth", "tokens_file"): str(tmp_path / "tokens")}
+    assert load_settings(None, {}, flags).bulk.listen == "0.0.0.0:7071"
+
+
+@pytest.mark.parametrize("lacking", ["tls_certificate_file", "tls_key_file"])
+def test_tls_takes_a_certificate_and_its_key(lacking: str) -> None:
+    """One without the other is named."""
+    flags = {("server", name): name for name in ("tls_certificate_file", "tls_key_file")}
+    del flags["server", lacking]
+    assert f"{lacking}: is needed as well" in complaint(flags)
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "127.8.9.1:7", "[::1]:7070", "localhost:7070"])

@@ -790,6 +790,7 @@ async def test_who_brings_no_token_gets_nothing(nodes: Nodes, tmp_path: Path) ->
             lambda who: stub.Watch(pb.WatchRequest(), metadata=who).read(),
             lambda who: stub.Scrub(pb.ScrubRequest(), metadata=who).read(),
             lambda who: stub.Attach(pb.AttachRequest(), metadata=who),
+            lambda who: stub.Connect(pb.ConnectRequest(), metadata=who),
         ]
         assert len(calls) == len(pb.DESCRIPTOR.services_by_name["KVStore"].methods)
         for call in calls:
@@ -1023,7 +1024,9 @@ async def test_status_adds_up(nodes: Nodes, redis_url: str) -> None:
 
 async def test_metrics_are_served_and_add_up(nodes: Nodes) -> None:
     """Every declared metric is exposed over HTTP; hits and misses are what was asked."""
-    server = await nodes.start(memory=SMALL_MEMORY, server={"metrics_listen": "127.0.0.1:0"})
+    server = await nodes.start(
+        memory=SMALL_MEMORY, server={"metrics_listen": "127.0.0.1:0"}, bulk={"enabled": False}
+    )
     client, space = await opened(nodes, server)
     keys, absent = keys_of("chain", BLOCKS), keys_of("absent", 7)
     await store(client, space, keys)

@@ -119,6 +119,8 @@ class ThroughClient:
         """
         if self._path == "shm" and "/memfd:" not in Path("/proc/self/maps").read_text():
             raise NotThisWay("the client has not attached the node's memory")
+        if self._path == "bulk" and not self._client.bulk_connections:
+            raise NotThisWay("the client has no bulk connection to the node")
 
     def _keys_of(self, places: range) -> list[bytes]:
         return self._keys[places.start : places.stop]

@@ -146,7 +146,7 @@ class AsyncClient(ControlClient):
 
         async def attempt() -> bool:
             if any(arrivals.loaded):  # A second attempt: what is here is the caller's by now.
-                await self._read_rest(self._receive, request, arrivals, deadline, prefix_only)
+                await self._receive_rest(self._receive, request, arrivals, deadline, prefix_only)
             else:
                 await self._receive(request, arrivals, deadline, prefix_only)
             return True
@@ -205,26 +205,33 @@ class AsyncClient(ControlClient):
     async def _receive(
         self, request: pb.ReadRequest, arrivals: Arrivals, deadline: Deadline, prefix_only: bool
     ) -> None:
-        """Through shared memory what lies there, and the rest by the stream."""
+        """Through shared memory what lies there, and the rest from afar."""
         attached = self._neighbour.attached
         if attached is None:
-            await self._stream(request, arrivals, deadline, prefix_only)
+            await self._receive_far(request, arrivals, deadline, prefix_only)
             return
         try:
             await fetch(attached, request, arrivals, deadline, prefix_only=prefix_only)
         except Unavailable:
             if not attached.closed:
                 raise
-        await self._read_rest(self._stream, request, arrivals, deadline, prefix_only)
+        await self._receive_rest(self._receive_far, request, arrivals, deadline, prefix_only)
 
-    async def _stream(
+    async def _receive_far(
+        self, request: pb.ReadRequest, arrivals: Arrivals, deadline: Deadline, prefix_only: bool
+    ) -> None:
+        """By the bulk path, and by the stream what that had to leave."""
+        if not await self._bulk.fetch(request, arrivals, deadline, prefix_only=prefix_only):
+            await self._receive_rest(self._receive_stream, request, arrivals, deadline, prefix_only)
+
+    async def _receive_stream(
         self, request: pb.ReadRequest, arrivals: Arrivals, deadline: Deadline, prefix_only: bool
     ) -> None:
         await receive(self._caller, request, arrivals, deadline, prefix_only=prefix_only)
 
-    async def _read_rest(
+    async def _receive_rest(
         self,
-        read: Callable[[pb.ReadRequest, Arrivals, Deadline, bool], Awaitable[None]],
+        way: Callable[[pb.ReadRequest, Arrivals, Deadline, bool], Awaitable[None]],
         request: pb.ReadRequest,
         arrivals: Arrivals,
         deadline: Deadline,
@@ -239,14 +246,14 @@ class AsyncClient(ControlClient):
         again.CopyFrom(request)
         again.keys = pack_keys(rest.keys)
         try:
-            await read(again, rest, deadline, prefix_only)
+            await way(again, rest, deadline, prefix_only)
         finally:
             arrivals.take(rest)
 
     async def _send(
         self, begin: pb.WriteBegin, run: Outgoing, held: list[bool], deadline: Deadline
     ) -> None:
-        """Through shared memory; by the stream what that had no room for."""
+        """Through shared memory; by the bulk path or the stream what that had no room for."""
         attached = self._neighbour.attached
         if attached is not None:
             try:
@@ -255,7 +262,8 @@ class AsyncClient(ControlClient):
             except Unavailable:
                 if not attached.closed:
                     raise
-        await send(self._caller, begin, run, held, deadline)
+        if not await self._bulk.place(begin, run, held, deadline):
+            await send(self._caller, begin, run, held, deadline)
 
     @property
     def arena(self) -> memoryview | None:

@@ -30,8 +30,16 @@ class Caller:
     spaces were opened again, within the same deadline.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, token: str | None, clock: Clock) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        token: str | None,
+        clock: Clock,
+        *,
+        is_plaintext: bool = False,
+    ) -> None:
         self.channel = channel
+        self._is_plaintext = is_plaintext
         self.stub = pb_grpc.KVStoreStub(channel)
         # These two carry blocks, in messages of our own making.
         service = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
@@ -76,7 +84,10 @@ class Caller:
         try:
             return await self._within(attempt, deadline, spaces)
         except grpc.aio.AioRpcError as error:
-            raise from_status(error.code(), error.details() or "no details") from error
+            details = error.details() or "no details"
+            if self._is_plaintext and "Socket closed" in details:
+                details += "; so a node with TLS answers who names no tls_ca_file"
+            raise from_status(error.code(), details) from error
         except (grpc.aio.BaseError, TimeoutError, OSError) as error:
             raise Unavailable(describe(error)) from error
 

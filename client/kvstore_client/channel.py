@@ -2,6 +2,7 @@
 
 import grpc
 
+from kvstore.api.tls import Trust
 from kvstore.api.wire import MESSAGE_BYTES
 
 _OPTIONS: list[tuple[str, int]] = [
@@ -23,11 +24,13 @@ _OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def open_channel(endpoint: str) -> grpc.aio.Channel:
-    """A channel without TLS that connects when it is first used.
+def open_channel(endpoint: str, trust: Trust | None = None) -> grpc.aio.Channel:
+    """A channel that connects when it is first used; without `trust` it has no TLS.
 
     `endpoint` is host:port or unix:/path. Must be called in the event loop that will use it.
     """
     if not endpoint.strip():
         raise ValueError("endpoint: must be host:port or unix:/path, got an empty text")
+    if trust is not None:
+        return grpc.aio.secure_channel(endpoint, trust.credentials, options=_OPTIONS)
     return grpc.aio.insecure_channel(endpoint, options=_OPTIONS)

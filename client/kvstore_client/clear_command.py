@@ -32,7 +32,15 @@ def space_id_from_text(context: click.Context, parameter: click.Parameter, text:
     help="The id of the space.",
 )
 @click.option("--scope", default="", help="The scope to clear; without it, the private one.")
-def clear(endpoint: str, token_file: Path | None, space_id: bytes, scope: str) -> None:
+def clear(
+    endpoint: str,
+    token_file: Path | None,
+    tls_ca_file: Path | None,
+    space_id: bytes,
+    scope: str,
+) -> None:
     """Forget every block of your tenant in one space and scope, in every tier."""
-    copies = ask(endpoint, token_file, lambda client: client.clear_space(space_id, scope))
+    copies = ask(
+        endpoint, token_file, tls_ca_file, lambda client: client.clear_space(space_id, scope)
+    )
     click.echo(f"{copies} copies forgotten")

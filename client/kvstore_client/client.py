@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -15,6 +16,7 @@ from kvstore.api.errors import Unavailable
 from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Loaded
+from kvstore.api.tls import Trust
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.arguments import Blocks, Buffers
 from kvstore_client.async_client import AsyncClient
@@ -37,8 +39,8 @@ class Client:
     """`AsyncClient` for threads: the same methods and promises, safe to share between threads.
 
     Its calls run in one daemon thread with an event loop; a call that is interrupted (Ctrl-C)
-    raises only after nothing can write to the caller's buffers any more. `connect` makes the
-    channel, in that thread; give another one for TLS. Close it, or use it as a context manager.
+    raises only after nothing can write to the caller's buffers any more. `connect` makes another
+    channel than the usual one, in that thread. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -48,11 +50,14 @@ class Client:
         token: str | None = None,
         budgets: Budgets | None = None,
         clock: Clock | None = None,
-        connect: Callable[[str], grpc.aio.Channel] = open_channel,
+        connect: Callable[[str], grpc.aio.Channel] | None = None,
         shared_memory: bool = True,
+        bulk: bool = True,
+        tls_ca_file: Path | None = None,
     ) -> None:
         async def build() -> tuple[grpc.aio.Channel, AsyncClient]:
-            channel = connect(endpoint)
+            trust = Trust.read(tls_ca_file) if tls_ca_file is not None else None
+            channel = connect(endpoint) if connect is not None else open_channel(endpoint, trust)
             try:
                 client = AsyncClient(
                     endpoint,
@@ -61,6 +66,8 @@ class Client:
                     clock=clock,
                     channel=channel,
                     shared_memory=shared_memory,
+                    bulk=bulk,
+                    tls_ca_file=tls_ca_file,
                 )
             except BaseException:
                 await channel.close()
@@ -103,6 +110,11 @@ class Client:
     def counters(self) -> Counter[str]:
         """What was lost without an exception, by the names of `losses.MEANINGS`."""
         return self._client.counters
+
+    @property
+    def bulk_connections(self) -> int:
+        """How many connections of the bulk path there are now."""
+        return self._client.bulk_connections
 
     def open_space(self, descriptor: SpaceDescriptor) -> Space:
         """See `AsyncClient.open_space`."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -10,10 +11,12 @@ import grpc
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import KvstoreError
 from kvstore.api.space import SpaceDescriptor
+from kvstore.api.tls import Trust
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import check_space_id, pack_keys
 from kvstore_client.arguments import check_keys
 from kvstore_client.budgets import Budgets, Deadline
+from kvstore_client.bulk import Bulk
 from kvstore_client.caller import Caller
 from kvstore_client.channel import open_channel
 from kvstore_client.neighbour import Neighbour
@@ -29,10 +32,12 @@ class ControlClient:
     """Opens and clears spaces, and asks a node what it is. Its methods raise `KvstoreError`.
 
     With `shared_memory` blocks of a node on this host, where it allows that, are copied straight
-    from and to its memory, from the first `open_space` on; otherwise they come over the channel.
+    from and to its memory, from the first `open_space` on. With `bulk` those of other nodes come
+    over connections of their own, where they can be had, and otherwise over the channel.
 
-    `endpoint` is host:port or unix:/path. A `channel` that is handed in (for TLS, say) stays the
-    caller's, who closes it.
+    `endpoint` is host:port or unix:/path. With `tls_ca_file` all goes over TLS, to a node that
+    shows a certificate for its host that one of those in the file has signed. A `channel` that is
+    handed in stays the caller's, who closes it; its own credentials do not cover the bulk path.
     """
 
     def __init__(
@@ -44,13 +49,20 @@ class ControlClient:
         clock: Clock | None = None,
         channel: grpc.aio.Channel | None = None,
         shared_memory: bool = True,
+        bulk: bool = True,
+        tls_ca_file: Path | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.budgets = budgets or Budgets()
         self.clock = clock or SystemClock()
         self._owned = channel is None
-        self._caller = Caller(channel or open_channel(endpoint), token, self.clock)
+        trust = Trust.read(tls_ca_file) if tls_ca_file is not None else None
+        self._caller = Caller(
+            channel or open_channel(endpoint, trust), token, self.clock, is_plaintext=trust is None
+        )
         self._neighbour = Neighbour(self._caller, self.clock, wanted=shared_memory)
+        tls = trust.context if trust is not None else None
+        self._bulk = Bulk(self._caller, self.clock, endpoint, wanted=bulk, tls=tls)
 
     def __repr__(self) -> str:
         state = "closed" if self._caller.closed else "open"
@@ -78,6 +90,11 @@ class ControlClient:
         return self._caller.closed
 
     @property
+    def bulk_connections(self) -> int:
+        """How many connections of the bulk path there are now."""
+        return self._bulk.connections
+
+    @property
     def connected(self) -> bool:
         """False while the node cannot be reached, and after `close`. Asks nobody."""
         if self._caller.closed:
@@ -94,6 +111,8 @@ class ControlClient:
         space = Space.of(descriptor)
         opened = await self._caller.strictly(lambda: self._caller.open(space, deadline), deadline)
         await self._neighbour.settle(max(deadline.rest_s(), 0.0))
+        if self._neighbour.attached is None:
+            await self._bulk.settle(max(deadline.rest_s(), 0.0))
         return opened
 
     async def locate(
@@ -194,6 +213,7 @@ class ControlClient:
             return
         self._caller.closed = True
         await self._neighbour.close()
+        await self._bulk.close()
         if self._owned:
             await self._caller.channel.close()
 

@@ -16,7 +16,7 @@ Answer = TypeVar("Answer")
 
 
 def endpoint_options(command: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
-    """Adds `--endpoint` and `--token-file`."""
+    """Adds `--endpoint`, `--token-file` and `--tls-ca-file`."""
     endpoint = click.option(
         "--endpoint",
         default=DEFAULT_ENDPOINT,
@@ -30,13 +30,24 @@ def endpoint_options(command: Callable[Parameters, Answer]) -> Callable[Paramete
         metavar="FILE",
         help="A file that holds the bearer token, as `kvstore token` printed it.",
     )
-    return endpoint(token_file(command))
+    tls_ca_file = click.option(
+        "--tls-ca-file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Certificates (PEM) that the node's is signed with; without it, no TLS.",
+    )
+    return endpoint(token_file(tls_ca_file(command)))
 
 
-def ask(endpoint: str, token_file: Path | None, question: Callable[[Client], Answer]) -> Answer:
+def ask(
+    endpoint: str,
+    token_file: Path | None,
+    tls_ca_file: Path | None,
+    question: Callable[[Client], Answer],
+) -> Answer:
     """What the node answers. Ends the command with one line and exit status 1 if it does not."""
     try:
-        with Client(endpoint, token=_token(token_file)) as client:
+        with Client(endpoint, token=_token(token_file), tls_ca_file=tls_ca_file) as client:
             return question(client)
     except (KvstoreError, ValueError) as error:
         raise click.ClickException(f"{endpoint}: {type(error).__name__}: {error}") from None

@@ -67,6 +67,6 @@ class Neighbour:
         try:
             deadline = Deadline(self._clock, ATTACH_S)
             self._attached = await Attached.connect(self._caller, deadline)
-        except (KvstoreError, OSError, ValueError, grpc.aio.BaseError) as error:
+        except (KvstoreError, OSError, ValueError, grpc.RpcError, grpc.aio.BaseError) as error:
             # Another host, another user, an older node: the stream is always there.
             _log.info("no shared memory with the node: %s", describe(error))

@@ -26,18 +26,24 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 @endpoint_options
 @click.option("--json", "as_json", is_flag=True, help="Print the whole answer as JSON instead.")
 @click.option("--health", is_flag=True, help="Only say whether it serves; needs no token.")
-def status(endpoint: str, token_file: Path | None, as_json: bool, health: bool) -> None:
+def status(
+    endpoint: str,
+    token_file: Path | None,
+    tls_ca_file: Path | None,
+    as_json: bool,
+    health: bool,
+) -> None:
     """Show a node's tiers, leases, spaces and neighbours.
 
     Exits with 1 and one line on standard error if the node cannot be reached; with --health also
     if it does not serve, which is what a container's health check wants to know.
     """
     if health:
-        if not ask(endpoint, token_file, lambda client: client.health()):
+        if not ask(endpoint, token_file, tls_ca_file, lambda client: client.health()):
             raise click.ClickException(f"{endpoint}: does not serve")
         click.echo("serving")
         return
-    reply = ask(endpoint, token_file, lambda client: client.status())
+    reply = ask(endpoint, token_file, tls_ca_file, lambda client: client.status())
     if as_json:
         click.echo(json.dumps(as_dict(reply), indent=2, sort_keys=True))
         return

@@ -12,6 +12,11 @@ DIGEST_BYTES = 16
 
 def block_digest(space_id: bytes, key: bytes, data: memoryview | bytes) -> bytes:
     """16 bytes that bind `data` to its space, its key and its length."""
-    digest = xxhash.xxh3_128(space_id + key + len(data).to_bytes(8, "little"))
+    digest = begin_digest(space_id, key, len(data))
     digest.update(data)
     return digest.digest()
+
+
+def begin_digest(space_id: bytes, key: bytes, size: int) -> xxhash.xxh3_128:
+    """The same in the making: `update` it with all `size` bytes of the block, in order."""
+    return xxhash.xxh3_128(space_id + key + size.to_bytes(8, "little"))

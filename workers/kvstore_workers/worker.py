@@ -56,6 +56,8 @@ class WorkerConfig:
     """Bearer token of the tenant ""."""
     tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Bearer tokens of the other tenants, by the names that requests use."""
+    tls_ca_file: Path | None = None
+    """Certificates (PEM) that the store's is signed with; None: no TLS."""
     scope: str = ""
     """Where blocks are stored and looked for; empty: private to each tenant."""
     connect_wait_s: float = 5.0
@@ -132,7 +134,8 @@ class Worker:
             model=config.model_name,
         )
         """The space that this worker's blocks live in."""
-        self._tiers = self._open_tiers(copier, connect or _connect, gate)
+        connect = connect or partial(_connect, tls_ca_file=config.tls_ca_file)
+        self._tiers = self._open_tiers(copier, connect, gate)
         self._engine = Engine(
             model,
             vram,
@@ -252,8 +255,8 @@ class Worker:
         return Tiers(links, spiller, restorer)
 
 
-def _connect(endpoint: str, token: str | None) -> StoreClient:
-    return Client(endpoint, token=token)
+def _connect(endpoint: str, token: str | None, *, tls_ca_file: Path | None) -> StoreClient:
+    return Client(endpoint, token=token, tls_ca_file=tls_ca_file)
 
 
 def _check(field_name: str, value: object, good: bool, rule: str) -> None:

@@ -1407,3 +1407,209 @@ class LocalBlock(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LocalBlock: _TypeAlias = LocalBlock  # noqa: Y015
+
+@_typing.final
+class ConnectRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConnectRequest: _TypeAlias = ConnectRequest  # noqa: Y015
+
+@_typing.final
+class ConnectReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    TICKET_MS_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """to connect to; empty: the one that this call was sent to"""
+    port: _builtins.int
+    """of TCP, 1–65535; 0: the node has no bulk path"""
+    ticket: _builtins.bytes
+    """32 bytes, to be shown there once"""
+    ticket_ms: _builtins.int
+    """for how long it is good"""
+    tls: _builtins.bool
+    """whether the connection begins with a TLS handshake, in which"""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        port: _builtins.int = ...,
+        ticket: _builtins.bytes = ...,
+        ticket_ms: _builtins.int = ...,
+        tls: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port", "ticket", b"ticket", "ticket_ms", b"ticket_ms", "tls", b"tls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConnectReply: _TypeAlias = ConnectReply  # noqa: Y015
+
+@_typing.final
+class BulkRequest(_message.Message):
+    """What is said on a bulk connection, each message behind its length (4 bytes, little endian). One
+    call follows the other. The bytes of blocks stand between the messages, each block as long as
+    its space says and followed by its digest (16 bytes, as in BlockHeader).
+      write → offer, blocks in the order of the offer →, done
+      read → window, its blocks; …; the last window, its blocks
+    Instead of an offer or of the first window there may be a status. Who wants less than he asked
+    for closes the connection.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_MS_FIELD_NUMBER: _builtins.int
+    WRITE_FIELD_NUMBER: _builtins.int
+    READ_FIELD_NUMBER: _builtins.int
+    budget_ms: _builtins.int
+    """how long the caller waits; 0: as long as the node allows"""
+    @_builtins.property
+    def write(self) -> Global___WriteBegin: ...
+    @_builtins.property
+    def read(self) -> Global___BulkRead: ...
+    def __init__(
+        self,
+        *,
+        budget_ms: _builtins.int = ...,
+        write: Global___WriteBegin | None = ...,
+        read: Global___BulkRead | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "read", b"read", "write", b"write"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_ms", b"budget_ms", "call", b"call", "read", b"read", "write", b"write"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["write", "read"]  # noqa: Y015
+    _WhichOneofArgType_call: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_call) -> _WhichOneofReturnType_call | None: ...
+
+Global___BulkRequest: _TypeAlias = BulkRequest  # noqa: Y015
+
+@_typing.final
+class BulkRead(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    PREFIX_ONLY_FIELD_NUMBER: _builtins.int
+    prefix_only: _builtins.bool
+    """true: nothing is sent behind the first block that is missing"""
+    @_builtins.property
+    def request(self) -> Global___ReadRequest: ...
+    def __init__(
+        self,
+        *,
+        request: Global___ReadRequest | None = ...,
+        prefix_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prefix_only", b"prefix_only", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BulkRead: _TypeAlias = BulkRead  # noqa: Y015
+
+@_typing.final
+class BulkReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    status: _builtins.int
+    """as a gRPC status code; 0: OK"""
+    details: _builtins.str
+    """of another status"""
+    @_builtins.property
+    def offer(self) -> Global___WriteOffer:
+        """of a write: send these"""
+
+    @_builtins.property
+    def done(self) -> Global___WriteDone:
+        """of a write, at its end"""
+
+    @_builtins.property
+    def window(self) -> Global___BulkWindow:
+        """of a read"""
+
+    def __init__(
+        self,
+        *,
+        status: _builtins.int = ...,
+        details: _builtins.str = ...,
+        offer: Global___WriteOffer | None = ...,
+        done: Global___WriteDone | None = ...,
+        window: Global___BulkWindow | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "offer", b"offer", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "done", b"done", "offer", b"offer", "status", b"status", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BulkReply: _TypeAlias = BulkReply  # noqa: Y015
+
+@_typing.final
+class BulkWindow(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    last: _builtins.bool
+    """none come after these; what has not come is missing"""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___BulkBlock]:
+        """in the order of the keys, behind those of the window before"""
+
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[Global___BulkBlock] | None = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "last", b"last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BulkWindow: _TypeAlias = BulkWindow  # noqa: Y015
+
+@_typing.final
+class BulkBlock(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HERE_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    here: _builtins.bool
+    """false: it is missing, and no bytes follow"""
+    tier: _builtins.str
+    """where it lay before"""
+    def __init__(
+        self,
+        *,
+        here: _builtins.bool = ...,
+        tier: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["here", b"here", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BulkBlock: _TypeAlias = BulkBlock  # noqa: Y015

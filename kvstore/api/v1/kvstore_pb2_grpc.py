@@ -94,6 +94,11 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachRequest.SerializeToString,
                 response_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachReply.FromString,
                 _registered_method=True)
+        self.Connect = channel.unary_unary(
+                '/kvstore.v1.KVStore/Connect',
+                request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ConnectRequest.SerializeToString,
+                response_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ConnectReply.FromString,
+                _registered_method=True)
         self.Scrub = channel.unary_stream(
                 '/kvstore.v1.KVStore/Scrub',
                 request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ScrubRequest.SerializeToString,
@@ -189,6 +194,14 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Connect(self, request, context):
+        """Invites a client to the bulk path: it shows the ticket over a TCP connection of its own, and
+        from then on sends BulkRequests over it. Each connection takes a ticket.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Scrub(self, request, context):
         """Reads every block on the node's disk once and drops what is damaged; reports as it goes.
         """
@@ -258,6 +271,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachRequest.FromString,
                     response_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachReply.SerializeToString,
+            ),
+            'Connect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Connect,
+                    request_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ConnectRequest.FromString,
+                    response_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.ConnectReply.SerializeToString,
             ),
             'Scrub': grpc.unary_stream_rpc_method_handler(
                     servicer.Scrub,
@@ -589,6 +607,33 @@ class KVStore(object):
             '/kvstore.v1.KVStore/Attach',
             kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachRequest.SerializeToString,
             kvstore_dot_api_dot_v1_dot_kvstore__pb2.AttachReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Connect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.KVStore/Connect',
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.ConnectRequest.SerializeToString,
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.ConnectReply.FromString,
             options,
             channel_credentials,
             insecure,

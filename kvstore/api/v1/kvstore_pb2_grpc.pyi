@@ -66,6 +66,10 @@ class KVStoreStub:
     """Invites a client on this host to map the arena: it shows the ticket at the node's unix socket,
     gets the file there, and from then on sends LocalRequests over that connection.
     """
+    Connect: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.ConnectRequest, _kvstore_pb2.ConnectReply]
+    """Invites a client to the bulk path: it shows the ticket over a TCP connection of its own, and
+    from then on sends BulkRequests over it. Each connection takes a ticket.
+    """
     Scrub: _grpc.UnaryStreamMultiCallable[_kvstore_pb2.ScrubRequest, _kvstore_pb2.ScrubReply]
     """Reads every block on the node's disk once and drops what is damaged; reports as it goes."""
 
@@ -97,6 +101,10 @@ class KVStoreAsyncStub(KVStoreStub):
     Attach: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.AttachRequest, _kvstore_pb2.AttachReply]  # type: ignore[assignment]
     """Invites a client on this host to map the arena: it shows the ticket at the node's unix socket,
     gets the file there, and from then on sends LocalRequests over that connection.
+    """
+    Connect: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.ConnectRequest, _kvstore_pb2.ConnectReply]  # type: ignore[assignment]
+    """Invites a client to the bulk path: it shows the ticket over a TCP connection of its own, and
+    from then on sends BulkRequests over it. Each connection takes a ticket.
     """
     Scrub: _aio.UnaryStreamMultiCallable[_kvstore_pb2.ScrubRequest, _kvstore_pb2.ScrubReply]  # type: ignore[assignment]
     """Reads every block on the node's disk once and drops what is damaged; reports as it goes."""
@@ -198,6 +206,16 @@ class KVStoreServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kvstore_pb2.AttachReply, _abc.Awaitable[_kvstore_pb2.AttachReply]]:
         """Invites a client on this host to map the arena: it shows the ticket at the node's unix socket,
         gets the file there, and from then on sends LocalRequests over that connection.
+        """
+
+    @_abc_1.abstractmethod
+    def Connect(
+        self,
+        request: _kvstore_pb2.ConnectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.ConnectReply, _abc.Awaitable[_kvstore_pb2.ConnectReply]]:
+        """Invites a client to the bulk path: it shows the ticket over a TCP connection of its own, and
+        from then on sends BulkRequests over it. Each connection takes a ticket.
         """
 
     @_abc_1.abstractmethod
