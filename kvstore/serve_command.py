@@ -13,6 +13,7 @@ import click
 
 from kvstore.api.errors import ConfigError
 from kvstore.config import Settings, fields, load_settings
+from kvstore.heap import keep_freed_memory
 from kvstore.server import NodeServer
 
 _log = logging.getLogger("kvstore")
@@ -61,6 +62,7 @@ def serve(config_file: Path | None, supervised: bool, log_level: str, **flags: s
     given = {_split(flag): value for flag, value in flags.items() if value is not None}
     try:
         settings = load_settings(config_file, os.environ, given)
+        keep_freed_memory()
         asyncio.run(_run(settings, supervised))
     except ConfigError as error:
         raise click.ClickException(str(error)) from None

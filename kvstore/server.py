@@ -27,6 +27,7 @@ from kvstore.api.tier import Tier
 from kvstore.api.tls import Identity
 from kvstore.api.v1 import kvstore_pb2
 from kvstore.api.v1.kvstore_pb2 import AttachReply, ConnectReply
+from kvstore.api.wire import STREAM_OPTIONS
 from kvstore.attachment import Room
 from kvstore.bulk_listener import BulkListener
 from kvstore.calls import Calls
@@ -573,4 +574,5 @@ def _grpc_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_LEAST_MS),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_LEAST_MS),
+        *STREAM_OPTIONS,
     ]

@@ -2,7 +2,7 @@
 
 import logging
 
-from kvstore.api.digest import DIGEST_BYTES, block_digest
+from kvstore.api.digest import DIGEST_BYTES, BlockDigest
 from kvstore.api.errors import InvalidArgument
 from kvstore.metrics import Metrics
 from kvstore.offer import Offer
@@ -24,6 +24,8 @@ class Incoming:
         self._next = 0
         self._slot: Slot | None = None
         self._digest = b""
+        self._seen: BlockDigest | None = None
+        """Of what came of the block under way, if it has a slot."""
         self._filled_bytes = 0
 
     @property
@@ -49,6 +51,7 @@ class Incoming:
         if len(digest) != DIGEST_BYTES:
             raise InvalidArgument(f"pieces.header.digest: {DIGEST_BYTES} bytes are needed")
         self._current, self._digest, self._filled_bytes = index, digest, 0
+        self._seen = BlockDigest(offer.space_id, offer.refs[index].key, size)
         if await offer.hold_parent(index):
             self._slot = await offer.tiers.reserve(offer.refs[index], size)
 
@@ -59,8 +62,11 @@ class Incoming:
         end = self._filled_bytes + len(data)
         if end > self._offer.block_bytes:
             raise InvalidArgument(f"pieces.data: block {index} is longer than its header says")
-        if self._slot is not None:
-            self._slot.view[self._filled_bytes : end] = data
+        if self._slot is not None and self._seen is not None:
+            # What was copied is digested, not what came: the slot is what others will read.
+            place = self._slot.view[self._filled_bytes : end]
+            place[:] = data
+            self._seen.update(place)
         self._filled_bytes = end
         if end == self._offer.block_bytes:
             self._complete(index)
@@ -79,10 +85,10 @@ class Incoming:
 
     def _complete(self, index: int) -> None:
         slot, self._slot, self._current, self._next = self._slot, None, None, index + 1
-        if slot is None:
+        seen, self._seen = self._seen, None
+        if slot is None or seen is None:
             return  # Memory had no room, or the parent is gone; the block passed by.
-        key = self._offer.refs[index].key
-        if block_digest(self._offer.space_id, key, slot.view) != self._digest:
+        if seen.digest() != self._digest:
             self._metrics.corrupt.labels("stream").inc()
             _log.warning("a block arrived damaged and was not stored")
             self._offer.tiers.memory.abort(slot)

@@ -245,3 +245,33 @@ def test_no_stream_makes_a_wrong_block_count(stream: list[tuple[int, Any, bytes]
     assert len(arrivals.leading()) == next(
         (at for at, answer in enumerate(arrivals.loaded) if answer is None), 3
     )
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+def test_damage_in_any_piece_is_found_and_does_not_reach_the_next_block(spoilt: int) -> None:
+    """Blocks are digested piece by piece as they come, each from its own beginning."""
+    keys, right = [key(0), key(1)], [block(0, 9), block(1, 9)]
+    slots = [memoryview(bytearray(9)) for _ in keys]
+    arrivals = Arrivals(bytes(32), keys, slots)
+    cuts = [right[0][at : at + 3] for at in (0, 3, 6)]
+    cuts[spoilt] = bytes([cuts[spoilt][0] ^ 1]) + cuts[spoilt][1:]
+    for number, pieces in enumerate([cuts, [right[1][:4], right[1][4:]]]):
+        digest = block_digest(bytes(32), keys[number], right[number])
+        header: pb.BlockHeader | None = pb.BlockHeader(bytes=9, digest=digest)
+        for data in pieces:
+            arrivals.add(Part(number, header, data))
+            header = None
+    assert [answer is None for answer in arrivals.loaded] == [True, False]
+    assert arrivals.corrupt_blocks == 1
+    assert arrivals.complete
+
+
+def test_a_read_that_broke_off_in_a_block_leaves_nothing_behind() -> None:
+    """It is sent again from the start; what had come of the first time does not count."""
+    keys, right = [key(0)], block(0, 8)
+    arrivals = Arrivals(bytes(32), keys, [memoryview(bytearray(8))])
+    header = pb.BlockHeader(bytes=8, digest=block_digest(bytes(32), keys[0], right))
+    arrivals.add(Part(0, header, right[:5]))
+    arrivals.restart()
+    arrivals.add(Part(0, header, right))
+    assert arrivals.loaded[0] is not None

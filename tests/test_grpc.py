@@ -308,6 +308,27 @@ async def test_a_block_that_arrives_damaged_is_not_stored(
     assert_idle(server.node.tiers.memory)
 
 
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+async def test_damage_in_any_piece_of_a_block_is_caught(
+    server: NodeServer, stub: "KVStoreAsyncStub", spoilt: int
+) -> None:
+    """The digest is taken piece by piece. The block after a damaged one is judged for itself."""
+    keys = keys_of("chain", 1), keys_of("other", 1)
+    for number, chain in enumerate(keys):
+        [whole] = [piece_of(index, key) for index, key in enumerate(chain)]
+        third = len(whole.data) // 3
+        cuts = [whole.data[:third], whole.data[third:-third], whole.data[-third:]]
+        if number == 0:
+            cuts[spoilt] = bytes([cuts[spoilt][0] ^ 1]) + cuts[spoilt][1:]
+        pieces = [pb.Piece(block=0, data=data) for data in cuts]
+        pieces[0].header.CopyFrom(whole.header)
+        replies = await writing(stub, requests_of(chain, pieces))
+        assert list(replies[-1].done.held) == [0] * number
+    assert counter(server, "corrupt", tier="stream") == 1
+    assert await locate(stub, [*keys[0], *keys[1]]) == ["", "memory"]
+    assert_idle(server.node.tiers.memory)
+
+
 # A Redis that goes away.
 
 

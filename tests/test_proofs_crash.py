@@ -123,7 +123,7 @@ async def test_a_client_that_believes_is_found(monkeypatch: pytest.MonkeyPatch) 
         __hash__ = bytes.__hash__
 
     monkeypatch.setattr(
-        "kvstore_client.arrivals.block_digest", lambda *parts: AlwaysRight(constant)
+        "kvstore_client.arrivals.BlockDigest.digest", lambda self: AlwaysRight(constant)
     )
     tally = await harmed(harm_reads.ReadHarm(), 500)
     assert any("wrong bytes" in what for what in tally.failures)

@@ -1,7 +1,8 @@
 """The floor of the gRPC stream: grpcio with messages of plain bytes, and nothing else.
 
 No protobuf, no digests, no index; on either end one copy between the messages and the memory that
-the blocks come from or go to. The size of the messages is the knob. The call that does nothing is
+the blocks come from or go to. The size of the messages is the knob; the channel has the options of
+our own, and the other end keeps its memory as a node does. The call that does nothing is
 the floor of a match.
 """
 
@@ -12,11 +13,13 @@ from typing import Any
 import grpc
 
 from benchmarks.dataplane.ring import Ring, faulted_in
+from kvstore.api.wire import STREAM_OPTIONS
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
+    *STREAM_OPTIONS,
 ]
 _SERVICE = "kvstore.dataplane.Floor"
 _REQUEST = struct.Struct("<QQQQ")

@@ -15,6 +15,7 @@ from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.digest import block_digest
 from kvstore.api.tier import Block, BlockRef, Load, Loaded, Tier, Usage
 from kvstore.config import Settings
+from kvstore.heap import keep_freed_memory
 from kvstore.server import NodeServer
 from kvstore_client import Space
 from tests.sim.nodes import descriptor_of
@@ -133,6 +134,7 @@ async def serve(given: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command."""
+    keep_freed_memory()  # As `kvstore serve` does: memory is one of the things that are judged.
     asyncio.run(serve(json.loads(sys.argv[1])))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from kvstore.api.digest import DIGEST_BYTES, block_digest
+from kvstore.api.digest import DIGEST_BYTES, BlockDigest
 from kvstore.api.errors import KvstoreError
 from kvstore.api.parts import Part
 from kvstore.api.tier import Loaded
@@ -43,6 +43,8 @@ class Arrivals:
         """True from the first block that is settled without being here: a chain ends there."""
         self._block = -1
         self._header: pb.BlockHeader | None = None
+        self._seen: BlockDigest | None = None
+        """Of what came of the block under way; it has a header exactly as long."""
         self._filled_bytes = 0
         self._skipping = False
 
@@ -80,7 +82,7 @@ class Arrivals:
 
     def settle(self) -> None:
         """Says that no more will come."""
-        self._block, self._header = len(self.keys) - 1, None
+        self._block, self._header, self._seen = len(self.keys) - 1, None, None
 
     def leading(self) -> list[Loaded]:
         """The blocks before the first one that did not arrive."""
@@ -120,26 +122,29 @@ class Arrivals:
             self._refuse()
             return
         self._header = header
+        self._seen = BlockDigest(self._space_id, self.keys[block], header.bytes)
 
     def _append(self, data: bytes | memoryview) -> None:
-        if self._header is None:
+        if self._header is None or self._seen is None:
             raise KvstoreError(f"data of block {self._block} without a header that announced it")
         buffer = self.buffers[self._block]
         end = self._filled_bytes + len(data)
         if end > len(buffer):
             raise KvstoreError(f"block {self._block} is longer than its header said")
-        buffer[self._filled_bytes : end] = data
+        place = buffer[self._filled_bytes : end]
+        place[:] = data
+        # What was copied, not what came: the buffer is what the caller will read.
+        self._seen.update(place)
         self._filled_bytes = end
         if end == len(buffer):
-            self._judge(self._header, buffer)
+            self._judge(self._header, self._seen.digest())
 
-    def _judge(self, header: pb.BlockHeader, buffer: memoryview) -> None:
-        digest = block_digest(self._space_id, self.keys[self._block], buffer)
+    def _judge(self, header: pb.BlockHeader, digest: bytes) -> None:
         if digest == header.digest:
             self.here(self._block, Loaded(header.tier, digest))
         else:
             self._refuse()
-        self._header = None
+        self._header = self._seen = None
 
     def _refuse(self) -> None:
         self.corrupt_blocks += 1

@@ -3,7 +3,7 @@
 import grpc
 
 from kvstore.api.tls import Trust
-from kvstore.api.wire import MESSAGE_BYTES
+from kvstore.api.wire import MESSAGE_BYTES, STREAM_OPTIONS
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
@@ -21,6 +21,7 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.use_local_subchannel_pool", 1),
     # Nodes are reached directly; a proxy for the web would only swallow the bytes.
     ("grpc.enable_http_proxy", 0),
+    *STREAM_OPTIONS,
 ]
 
 

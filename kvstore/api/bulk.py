@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from kvstore.api.digest import DIGEST_BYTES, begin_digest, block_digest
+from kvstore.api.digest import DIGEST_BYTES, BlockDigest, block_digest
 from kvstore.api.errors import KvstoreError
 from kvstore.api.local import LENGTH
 from kvstore.api.wire import MESSAGE_BYTES
@@ -109,7 +109,7 @@ class BulkSocket:
         waiting: list[memoryview | bytes] = []
         waiting_bytes = 0
         for space_id, key, view, digest in parcels:
-            running = None if digest else begin_digest(space_id, key, len(view))
+            running = None if digest else BlockDigest(space_id, key, len(view))
             for start in range(0, len(view), CHUNK_BYTES):
                 chunk = view[start : start + CHUNK_BYTES]
                 if running is not None:
@@ -175,7 +175,7 @@ class BulkSocket:
 
     def _receive_large(self, parcel: Parcel) -> bytes:
         view, tail = parcel.view, bytearray(DIGEST_BYTES)
-        running = begin_digest(parcel.space_id, parcel.key, len(view))
+        running = BlockDigest(parcel.space_id, parcel.key, len(view))
         for start in range(0, len(view), CHUNK_BYTES):
             chunk = view[start : start + CHUNK_BYTES]
             is_last = start + len(chunk) == len(view)

@@ -15,6 +15,15 @@ PIECE_BYTES = 1 << 20
 """Bytes of block data in one message; the measured optimum of bare grpcio lies at 1–4 MiB."""
 MESSAGE_BYTES = 4 << 20
 """The largest message that either side accepts unless it is configured otherwise."""
+STREAM_OPTIONS: list[tuple[str, int]] = [
+    # Block data is read in large pieces, and framed in large ones: gRPC's own choice is 8 KiB at
+    # least and frames of 16 KiB, each of which the reader has to take apart and join again.
+    ("grpc.experimental.tcp_read_chunk_size", 1 << 20),
+    ("grpc.experimental.tcp_min_read_chunk_size", 256 << 10),
+    ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),
+    ("grpc.http2.max_frame_size", 1 << 20),
+]
+"""Of channels and servers that move blocks. A connection keeps 256 KiB to read into."""
 
 _SOME_KEYS = 64
 _SPLIT = struct.Struct(f"{KEY_BYTES}s" * _SOME_KEYS)
