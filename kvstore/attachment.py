@@ -15,9 +15,9 @@ from kvstore.reading import Reading
 from kvstore.tiers.memory import Slot
 from kvstore.tiers.tiered import Acquired, Tiered, Want
 
-PLACE_WINDOW_BYTES = 64 << 20
+PLACE_WINDOW_BYTES = 128 << 20
 """So much is reserved at a time: each window costs the writer a round trip."""
-READ_WINDOW_BYTES = 16 << 20
+READ_WINDOW_BYTES = 32 << 20
 """So much is acquired at a time; the reader asks for the next window before he copies this one."""
 
 
@@ -99,7 +99,9 @@ class Attachment:
         writing = self._writes[number]
         placing, share_bytes = writing.placing, writing.share_bytes
         wanted = placing.left
-        count = self._take(share_bytes, min(wanted, max(PLACE_WINDOW_BYTES // share_bytes, 1)))
+        # Another write of this client finds room beside it.
+        window_bytes = min(PLACE_WINDOW_BYTES, self._room.client_bytes // 2)
+        count = self._take(share_bytes, min(wanted, max(window_bytes // share_bytes, 1)))
         writing.slots = count
         slots = await placing.reserve(count) if count else []
         self._give_back(share_bytes * (count - len(slots)))
