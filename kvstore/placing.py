@@ -42,6 +42,8 @@ class Placing:
             if slot is None:
                 break
             self._slots.append((index, slot))
+        if self._slots:
+            offer.tiers.digests.give_way(self)
         return self._slots
 
     async def commit(self) -> None:
@@ -59,10 +61,12 @@ class Placing:
 
     def finish(self) -> None:
         """No more blocks come."""
+        self._offer.tiers.digests.go_on(self)
         self._offer.advise()
 
     def close(self) -> None:
         """Gives back the slots that were not committed."""
+        self._offer.tiers.digests.go_on(self)
         slots, self._slots = self._slots, []
         for _, slot in slots:
             self._offer.tiers.memory.abort(slot)

@@ -106,3 +106,55 @@ async def test_a_slot_is_not_reused_before_its_digest_is_known(placed: Placed) -
     assert placed.tiers.memory.usage()[0].used_bytes > 0
     await placed.compute()
     assert placed.tiers.memory.usage()[0].used_bytes == 0
+
+
+async def test_digests_wait_while_somebody_writes_unless_they_are_asked_for(rig: Rig) -> None:
+    """A writer has memory to himself; a reader need not wait for him."""
+    runner, writer = GatedRunner(), object()
+    tiers = Tiered(rig.memory(), await rig.disk(SimulatedFiles()), rig.metrics, runner)
+    tiers.digests.give_way(writer)
+    placed = Placed(rig, tiers, runner)
+    await placed.place()
+    assert runner.waiting == 0
+    settling = asyncio.create_task(tiers.digests.settle(placed.slots[1:2]))
+    await settle()
+    await placed.compute()
+    await settling
+    assert [bool(slot.digest) for slot in placed.slots] == [False, True, False]
+    tiers.digests.go_on(writer)
+    await settle()
+    await placed.compute()
+    assert all(slot.digest for slot in placed.slots)
+
+
+async def test_a_writer_who_never_ends_holds_digests_up_for_a_moment_only(rig: Rig) -> None:
+    """He may have been stopped in the middle of a copy."""
+    runner = GatedRunner()
+    tiers = Tiered(rig.memory(), await rig.disk(SimulatedFiles()), rig.metrics, runner)
+    tiers.digests.give_way(object())
+    placed = Placed(rig, tiers, runner)
+    await placed.place()
+    runner.held = False
+    async with asyncio.timeout(10):
+        while not all(slot.digest for slot in placed.slots):
+            await asyncio.wait(tiers.digests._coming.values())
+
+
+async def test_room_is_made_of_blocks_that_lack_their_digests(rig: Rig) -> None:
+    """They are pinned until then; a writer who needs a slot has them digested at once."""
+    runner = GatedRunner()
+    tiers = Tiered(rig.memory(slots=4), await rig.disk(SimulatedFiles()), rig.metrics, runner)
+    tiers.digests.give_way(object())
+    placed = Placed(rig, tiers, runner)
+    await placed.place()
+    filler, other = chain_of("other", 2, SPACE, SIZE)
+    last = await tiers.reserve(filler.ref, SIZE)
+    assert last is not None
+    reserving = asyncio.create_task(tiers.reserve(other.ref, SIZE))
+    await settle()
+    assert not reserving.done()
+    await placed.compute()
+    slot = await reserving
+    assert slot is not None
+    tiers.memory.abort(slot)
+    tiers.memory.abort(last)

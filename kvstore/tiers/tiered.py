@@ -135,6 +135,8 @@ class Tiered:
                 victims = self.memory.coldest(
                     size, self._demote_bytes, parents=self._slow is not None
                 )
+                if not victims and await self.digests.catch_up():
+                    continue  # They were pinned for their digests.
                 if not victims or not await self._demote(victims):
                     return None
         return slot
