@@ -102,10 +102,21 @@ async def test_a_load_waits_for_the_digest(placed: Placed) -> None:
 
 async def test_a_slot_is_not_reused_before_its_digest_is_known(placed: Placed) -> None:
     """What is discarded meanwhile is still being read by a thread."""
+    settling = asyncio.create_task(placed.tiers.digests.settle(placed.slots))
+    await settle()
+    assert placed.runner.waiting
     await placed.tiers.memory.discard([block.ref for block in BLOCKS])
     assert placed.tiers.memory.usage()[0].used_bytes > 0
     await placed.compute()
+    await settling
     assert placed.tiers.memory.usage()[0].used_bytes == 0
+
+
+async def until_all_have_digests(placed: Placed) -> None:
+    """Without asking for them, which would hurry."""
+    async with asyncio.timeout(10):
+        while not all(slot.digest for slot in placed.slots):
+            await asyncio.wait(placed.tiers.digests._coming.values())
 
 
 async def test_digests_wait_while_somebody_writes_unless_they_are_asked_for(rig: Rig) -> None:
@@ -121,10 +132,9 @@ async def test_digests_wait_while_somebody_writes_unless_they_are_asked_for(rig:
     await placed.compute()
     await settling
     assert [bool(slot.digest) for slot in placed.slots] == [False, True, False]
+    runner.held = False
     tiers.digests.go_on(writer)
-    await settle()
-    await placed.compute()
-    assert all(slot.digest for slot in placed.slots)
+    await until_all_have_digests(placed)
 
 
 async def test_a_writer_who_never_ends_holds_digests_up_for_a_moment_only(rig: Rig) -> None:
@@ -135,9 +145,7 @@ async def test_a_writer_who_never_ends_holds_digests_up_for_a_moment_only(rig: R
     placed = Placed(rig, tiers, runner)
     await placed.place()
     runner.held = False
-    async with asyncio.timeout(10):
-        while not all(slot.digest for slot in placed.slots):
-            await asyncio.wait(tiers.digests._coming.values())
+    await until_all_have_digests(placed)
 
 
 async def test_room_is_made_of_blocks_that_lack_their_digests(rig: Rig) -> None:

@@ -16,6 +16,8 @@ from kvstore.tiers.memory import Memory, Slot
 
 BATCH_BYTES = 4 << 20
 """So much is digested before it is asked again whether somebody writes or waits."""
+PAUSE_S = 0.005
+"""So long nobody must have written: one write often follows another."""
 LAG_S = 0.25
 """Writers are not waited for any longer, batch by batch."""
 LAG_FRACTION = 0.5
@@ -106,15 +108,22 @@ class Digests:
             self._due_bytes = 0
 
     async def _turn(self) -> None:
-        """Lets writers go first, unless somebody waits or too much has gathered."""
+        """Lets writers go first, unless somebody waits or too much has gathered.
+
+        Where nothing has changed since the last turn, and nobody writes, it is at once.
+        """
         most_bytes = LAG_FRACTION * self._memory.capacity_bytes
-        try:
-            async with asyncio.timeout(LAG_S):
-                while self._writers and not self._asked and self._due_bytes < most_bytes:
-                    self._change.clear()
+        end_s = asyncio.get_running_loop().time() + LAG_S
+        while self._change.is_set() or self._writers:
+            left_s = end_s - asyncio.get_running_loop().time()
+            if left_s <= 0 or self._asked or self._due_bytes >= most_bytes:
+                return
+            self._change.clear()
+            try:
+                async with asyncio.timeout(left_s if self._writers else PAUSE_S):
                     await self._change.wait()
-        except TimeoutError:
-            return
+            except TimeoutError:
+                continue  # Nothing has changed.
 
     def _next_batch(self) -> dict[Slot, bytes]:
         """What is asked for first, then what has waited the longest."""
