@@ -103,7 +103,7 @@ BUGS = (
     ),
     _bug(
         "a read keeps its pins",
-        ("kvstore.reading:Reading.blocks", "self._tiers.release(held.values())", "pass"),
+        ("kvstore.reading:Reading.blocks", "gathered.close()", "pass"),
         quick=True,
     ),
     _bug(
@@ -256,8 +256,8 @@ BUGS = (
     _bug(
         "a block leaves memory before its digest is known",
         (f"{_TIERED}._store_below", "await self.digests.settle(kept)", "pass"),
-        ("kvstore.tiers.digests:Digests.begin", "self._memory.pin(slot)", "pass"),
-        ("kvstore.tiers.digests:Digests._compute", "self._memory.unpin(slot)", "pass"),
+        ("kvstore.tiers.digests:Digests.begin", "self._memory.pin(slot)", "slot"),
+        ("kvstore.tiers.digests:Digests._settled", "self._memory.unpin(slot)", "pass"),
     ),
     _bug(
         "a block is read before its digest is known",
