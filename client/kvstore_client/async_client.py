@@ -137,12 +137,7 @@ class AsyncClient(ControlClient):
         if not keys:
             return arrivals
         deadline = self._deadline(budget_s, self.budgets.load_s)
-        request = pb.ReadRequest(
-            space_id=space.space_id,
-            scopes=scopes,
-            keys=pack_keys(keys),
-            lease_id=lease.lease_id if lease else b"",
-        )
+        request = _read_request(space, keys, scopes, lease)
 
         async def attempt() -> bool:
             if any(arrivals.loaded):  # A second attempt: what is here is the caller's by now.
@@ -188,14 +183,7 @@ class AsyncClient(ControlClient):
         if not keys:
             return held
         deadline = self._deadline(budget_s, self.budgets.store_s)
-        begin = pb.WriteBegin(
-            space_id=space.space_id,
-            scope=scope,
-            keys=pack_keys(keys),
-            parent_key=parent_key,
-            parent_scope=parent_scope,
-            hint=hint_to_wire(hint),
-        )
+        begin = _write_begin(space, keys, parent_key, parent_scope, scope, hint)
         run = Outgoing(space, keys, views, digests)
         await self._caller.quietly(
             "store", lambda: self._send(begin, run, held, deadline), deadline, [space]
@@ -295,14 +283,7 @@ class AsyncClient(ControlClient):
         attached = self._neighbour.attached
         if attached is None or not keys:
             return None
-        begin = pb.WriteBegin(
-            space_id=space.space_id,
-            scope=scope,
-            keys=pack_keys(keys),
-            parent_key=parent_key,
-            parent_scope=parent_scope,
-            hint=hint_to_wire(hint),
-        )
+        begin = _write_begin(space, keys, parent_key, parent_scope, scope, hint)
         deadline = self._deadline(budget_s, self.budgets.store_s)
         return WriteInPlace(attached, self._caller, begin, space, held, deadline)
 
@@ -321,12 +302,7 @@ class AsyncClient(ControlClient):
         attached = self._neighbour.attached
         if attached is None or not keys:
             return None
-        request = pb.ReadRequest(
-            space_id=space.space_id,
-            scopes=scopes,
-            keys=pack_keys(keys),
-            lease_id=lease.lease_id if lease else b"",
-        )
+        request = _read_request(space, keys, scopes, lease)
         deadline = self._deadline(budget_s, self.budgets.load_s)
         return ReadInPlace(attached, self._caller, request, space, len(keys), deadline)
 
@@ -357,3 +333,32 @@ class AsyncClient(ControlClient):
             deadline,
             [space],
         )
+
+
+def _write_begin(
+    space: Space,
+    keys: Sequence[bytes],
+    parent_key: bytes,
+    parent_scope: str,
+    scope: str,
+    hint: ReuseHint | None,
+) -> pb.WriteBegin:
+    return pb.WriteBegin(
+        space_id=space.space_id,
+        scope=scope,
+        keys=pack_keys(keys),
+        parent_key=parent_key,
+        parent_scope=parent_scope,
+        hint=hint_to_wire(hint),
+    )
+
+
+def _read_request(
+    space: Space, keys: Sequence[bytes], scopes: Sequence[str], lease: Match | None
+) -> pb.ReadRequest:
+    return pb.ReadRequest(
+        space_id=space.space_id,
+        scopes=scopes,
+        keys=pack_keys(keys),
+        lease_id=lease.lease_id if lease else b"",
+    )
