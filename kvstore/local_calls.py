@@ -110,17 +110,25 @@ class LocalCalls:
         try:
             await self._fill(request, reply)
         except Refused as refused:
-            self._attachment.done(request.number)
+            self._give_up(request)
             reply = pb.LocalReply(
                 number=request.number, status=refused.status, details=refused.details
             )
         except Exception:  # noqa: BLE001
-            self._attachment.done(request.number)  # Logged where it was met.
+            self._give_up(request)  # Logged where it was met.
             reply = pb.LocalReply(
                 number=request.number, status=grpc.StatusCode.UNKNOWN.value[0], details="failed"
             )
         with suppress(OSError):  # Who has hung up hears of nothing.
             await answer(reply)
+
+    def _give_up(self, request: pb.LocalRequest) -> None:
+        """Takes back what the call concerns, unless its client may still be copying from it.
+
+        Who asks for the next window copies the last one meanwhile; he says himself when he is done.
+        """
+        if request.WhichOneof("call") != "next":
+            self._attachment.done(request.number)
 
     async def _fill(self, request: pb.LocalRequest, reply: pb.LocalReply) -> None:
         call_name = request.WhichOneof("call") or ""

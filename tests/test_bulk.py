@@ -492,7 +492,7 @@ async def test_a_call_that_is_cancelled_gives_everything_back(
         await call(client, space, turns)
         await client.open_space(descriptor_of())
         assert client._bulk.connections >= 1
-    assert client._bulk._in_use == 0
+    assert not client._bulk._in_use
     keys = keys_of("chat", 3)
     assert await store(client, space, keys) == [True] * 3
     assert await load(client, space, keys) == ["memory"] * 3
@@ -532,7 +532,7 @@ async def test_nothing_writes_to_a_buffer_after_its_load_returned(nodes: Nodes, 
             answers = await loading
             assert answers[1:] == [None, None]
             assert client.counters["load_late"] == 1
-        assert client._bulk._in_use == 0
+        assert not client._bulk._in_use
         for buffer in buffers:
             buffer[:] = b"\xdd" * LARGE
         proxy.release()

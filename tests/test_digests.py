@@ -166,3 +166,31 @@ async def test_room_is_made_of_blocks_that_lack_their_digests(rig: Rig) -> None:
     assert slot is not None
     tiers.memory.abort(slot)
     tiers.memory.abort(last)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["discard", "clear"])
+async def test_what_is_forgotten_while_its_digest_is_computed_does_not_go_below(
+    rig: Rig, whole: bool
+) -> None:
+    """It was about to: the store below only waited for the digest."""
+    runner, disk = GatedRunner(), await rig.disk(SimulatedFiles())
+    tiers = Tiered(rig.memory(), disk, rig.metrics, runner)
+    space = namespace_of("space")
+    blocks = chain_of("chain", 3, space, SIZE)
+    refs = [block.ref for block in blocks]
+    runner.held = True
+    for block in blocks:
+        slot = await tiers.reserve(block.ref, SIZE)
+        assert slot is not None
+        slot.view[:] = block.data
+        tiers.memory.commit(slot, block.parent, b"")
+        tiers.digests.begin(space, [slot])
+    flushing = asyncio.create_task(tiers.flush())
+    await settle()
+    assert await (tiers.clear(space) if whole else tiers.discard(refs)) == 3
+    while runner.waiting:
+        await runner.step()
+    runner.held = False
+    await flushing
+    assert await disk.locate(refs) == [None] * 3
+    await tiers.digests.close()

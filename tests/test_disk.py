@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -920,3 +921,62 @@ async def test_no_secret_name_lies_on_disk(rig: Rig) -> None:
     written = b"".join(files.content(name) for name in files.names())
     assert MINE not in written
     assert not any(block.ref.key in written for block in blocks)
+
+
+async def test_a_block_that_moves_while_its_load_waits_is_read_where_it_lies(rig: Rig) -> None:
+    """It was written forward, and the segment dropped in which it was looked up."""
+    tier = await small(rig, SimulatedFiles())
+    hot = chain("hot", 2)
+    await tier.store(hot)
+    run, go_on, waiting = tier._reader._run, asyncio.Event(), True
+
+    async def late(*read: Any) -> bytes:
+        nonlocal waiting
+        if waiting:
+            waiting = False
+            await go_on.wait()  # As one does for a place among those that read.
+        return await run(*read)
+
+    tier._reader._run = late  # type: ignore[assignment, method-assign]
+    entry = tier._find(hot[0].ref)
+    assert entry is not None
+    entry.used, segment_id = True, entry.segment_id
+    into = memoryview(bytearray(len(hot[0].data)))
+    loading = asyncio.create_task(tier.load([Load(hot[0].ref, into)]))
+    await settle()
+    number = 0
+    while entry.segment_id == segment_id:
+        number += 1
+        await tier.store(chain(f"cold {number}", 3))
+    go_on.set()
+    assert await loading != [None]
+    assert into == hot[0].data
+
+
+async def test_a_forget_record_that_stands_there_only_once_is_no_success(rig: Rig) -> None:
+    files = SimulatedFiles()
+    tier = await small(rig, files)
+    gone = chain("gone", 1)
+    await tier.store(gone)
+    files.fault = FailNth(1, errno.EIO, ["write"])
+    with pytest.raises(TierError):
+        await tier.discard(refs_of(gone))
+    files.fault = None
+    await tier.discard(refs_of(gone))
+    rig.gone(tier)
+    assert await present(await small(rig, files), gone) == [False]
+
+
+async def test_want_of_memory_is_no_damage(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = await small(rig, SimulatedFiles())
+    blocks = chain("kept", 2)
+    await tier.store(blocks)
+
+    def refuse(size: int) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tier._staging, "borrow", refuse)
+        with contextlib.suppress(TierError):
+            assert await load_all(tier, blocks) == [None, None]
+    assert await present(tier, blocks) == [True, True]

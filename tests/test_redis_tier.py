@@ -14,6 +14,7 @@ from kvstore.names import block_name, namespace_tag
 from kvstore.record import HEADER_BYTES, Header, encode_block
 from kvstore.tiers.guarded import FAILURES_TO_OPEN, OPEN_S, Guarded
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_parts import part_key
 from kvstore_workers.redis_server import RedisServer
 from tests.sim.blocks import block_of, buffers_for, chain_of, load_all, namespace_of, present
 from tests.sim.faulty import Faulty
@@ -549,3 +550,18 @@ async def test_cancelled_callers_never_cross_answers(
     for blocks in chains:
         assert await present(tier, blocks) == [True] * 3
     assert rig.counted("corrupt", tier="redis") == 0
+
+
+async def test_a_repair_that_is_refused_takes_no_other_block_along(rig: Rig) -> None:
+    """Whoever may not delete still reads what is whole."""
+    with RedisServer() as server:
+        tier = rig.redis(server.url)
+        blocks = chain_of("chain", 3, namespace_of("space"), 20_000)
+        assert all(await tier.store(blocks))
+        client = sync_redis.Redis.from_url(server.url)
+        client.delete(part_key(blocks[1].ref, 1))
+        client.execute_command("ACL", "SETUSER", "default", "-unlink")  # type: ignore[no-untyped-call]
+        loads = buffers_for(blocks)
+        answers = await tier.load(loads)
+        assert [answer is not None for answer in answers] == [True, False, True]
+        client.close()

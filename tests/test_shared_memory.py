@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.api.errors import ConfigError, KvstoreError
+from kvstore.api.errors import ConfigError, KvstoreError, Unavailable
 from kvstore.api.local import HELLO, LENGTH, REFUSED, TICKET_BYTES
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import pack_keys
@@ -218,6 +218,50 @@ async def gone_of(server: NodeServer, left: int) -> None:
     """Returns when only so many clients are attached."""
     while len(serving := set(local(server)._serving)) > left:
         await asyncio.wait(serving, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def test_a_window_that_is_being_copied_outlives_a_refused_call(nodes: Nodes) -> None:
+    """Who asks for the next one still copies it; only he knows when that is over."""
+    server = await nodes.start()
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of())
+    keys = keys_of("chat", 4)
+    await store(client, space, keys)
+    reply = await acquire(client, space, keys)
+    held_bytes = local(server)._room.held_bytes
+    assert held_bytes
+    server.calls.drain()
+    asking = pb.LocalRequest(number=reply.number, next=pb.LocalNext())
+    with pytest.raises(Unavailable):
+        await attached(client).call(asking, patience(client))
+    assert local(server)._room.held_bytes == held_bytes
+    await client.close()
+    await gone(server)
+    assert local(server)._room.held_bytes == 0
+
+
+@pytest.mark.parametrize("moving", [store, load])
+async def test_a_client_that_hangs_up_copies_no_more(
+    nodes: Nodes, moving: Callable[..., Awaitable[object]]
+) -> None:
+    """From then on the node gives the slots to others."""
+    server = await nodes.start(bulk={"enabled": False})
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of())
+    keys = keys_of("chat", 8)
+    if moving is load:
+        await store(client, space, keys)
+    link, copied = attached(client), []
+    copy = link.arena.read if moving is load else link.arena.write
+
+    def hang_up(offset: int, block: memoryview) -> None:
+        copied.append(offset)
+        copy(offset, block)
+        link._writer.close()
+
+    link.arena.write = link.arena.read = hang_up  # type: ignore[assignment, method-assign]
+    await moving(client, space, keys)
+    assert len(copied) == 1
 
 
 async def test_a_client_holds_no_more_than_it_may(nodes: Nodes) -> None:

@@ -4,6 +4,9 @@ import ctypes
 import mmap
 import os
 
+_MADV_POPULATE_WRITE = 23
+"""madvise(2); Python has no name for it yet."""
+
 
 class MappedArena:
     """`size_bytes` of the node's memory. Which of them may be touched, the node says.
@@ -14,14 +17,17 @@ class MappedArena:
     def __init__(self, file: int, size_bytes: int) -> None:
         """Maps the file and lets go of it. Raises OSError, or ValueError if it is too short."""
         try:
-            # All page tables now: each page's first touch costs as much as copying it.
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-            self._map = mmap.mmap(file, size_bytes, flags=flags)
+            self._map = mmap.mmap(file, size_bytes, flags=mmap.MAP_SHARED)
         finally:
             os.close(file)
         self._size_bytes = size_bytes
         self._view = memoryview(self._map)
         self._address = _address_of(self._view)
+        # All page tables now: each page's first touch costs as much as copying it. Not by mmap
+        # itself, which would keep the interpreter's lock; where the kernel is too old, then later.
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(self._address), ctypes.c_size_t(size_bytes), _MADV_POPULATE_WRITE
+        )
 
     @property
     def memory(self) -> memoryview:

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 
+from kvstore.api.digest import DIGEST_BYTES
 from kvstore.api.errors import Unavailable
 from kvstore.api.hint import ReuseHint
 from kvstore.api.tier import Loaded
@@ -179,6 +180,8 @@ class AsyncClient(ControlClient):
         views = block_views(blocks, "blocks", len(keys), space.block_bytes, writable=False)
         if digests is not None and len(digests) != len(keys):
             raise ValueError(f"digests: one for each key is needed, got {len(digests)}")
+        if digests is not None and any(len(digest) != DIGEST_BYTES for digest in digests):
+            raise ValueError(f"digests: {DIGEST_BYTES} bytes each are needed")
         held = [False] * len(keys)
         if not keys:
             return held

@@ -52,6 +52,11 @@ class Attached:
         """True once the connection has ended."""
         return self._listening.done()
 
+    def check(self) -> None:
+        """Raises Unavailable if the connection has ended: the node takes its slots back then."""
+        if self.closed or self._writer.is_closing():
+            raise Unavailable("the node has hung up")
+
     def number(self) -> int:
         """A number for a new read or write."""
         self._last += 1
@@ -86,8 +91,7 @@ class Attached:
         await asyncio.gather(self._listening, return_exceptions=True)
 
     def _send(self, request: pb.LocalRequest) -> None:
-        if self.closed or self._writer.is_closing():
-            raise Unavailable("the node has hung up")
+        self.check()
         packed = request.SerializeToString()
         self._writer.write(LENGTH.pack(len(packed)) + packed)
 

@@ -58,7 +58,7 @@ class Bulk:
         self._wanted = wanted and bool(self._host)
         self._tls = tls
         self._idle: list[BulkSocket] = []
-        self._in_use = 0
+        self._in_use: set[BulkSocket] = set()
         self._trying: asyncio.Task[None] | None = None
         self._next_try_s = 0.0
         self._threads: ThreadPoolExecutor | None = None
@@ -66,7 +66,7 @@ class Bulk:
     @property
     def connections(self) -> int:
         """How many there are now."""
-        return len(self._idle) + self._in_use
+        return len(self._idle) + len(self._in_use)
 
     async def settle(self, timeout_s: float) -> None:
         """Returns when there is a connection, or the try to open one or the time is over."""
@@ -124,6 +124,8 @@ class Bulk:
         if self._trying is not None:
             self._trying.cancel()
             await asyncio.gather(self._trying, return_exceptions=True)
+        for wire in self._in_use:
+            wire.shut()  # Their threads find out, and close them.
         for wire in self._idle:
             wire.close()
         self._idle.clear()
@@ -158,7 +160,7 @@ class Bulk:
         while self._idle:
             wire = self._idle.pop()
             if wire.is_quiet:
-                self._in_use += 1
+                self._in_use.add(wire)
                 return wire
             wire.close()  # The node has hung up, or is no node.
         if self.connections < MAX_CONNECTIONS:
@@ -166,7 +168,7 @@ class Bulk:
         return None
 
     def _give_back(self, wire: BulkSocket, in_order: bool) -> None:
-        self._in_use -= 1
+        self._in_use.discard(wire)
         if in_order and self._wanted and not wire.is_shut:
             self._idle.append(wire)
         else:

@@ -410,7 +410,9 @@ class Client:
                 yield given
         finally:
             with contextlib.suppress(Unavailable):
-                self._thread.run(moving.end())
+                ending = self._thread.submit(moving.end())
+                if not self._thread.is_inside:
+                    ending.result()
 
     def _quietly(
         self, operation: str, call: Coroutine[Any, Any, Answer], nothing: Answer

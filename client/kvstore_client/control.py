@@ -23,6 +23,7 @@ from kvstore_client.neighbour import Neighbour
 from kvstore_client.space import Space
 from kvstore_client.watch import Watch
 
+BULK_SETTLE_S = 1.0
 _HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 _SERVING = b"\x08\x01"
 """A HealthCheckResponse whose status is SERVING: two bytes are not worth a dependency."""
@@ -112,7 +113,8 @@ class ControlClient:
         opened = await self._caller.strictly(lambda: self._caller.open(space, deadline), deadline)
         await self._neighbour.settle(max(deadline.rest_s(), 0.0))
         if self._neighbour.attached is None:
-            await self._bulk.settle(max(deadline.rest_s(), 0.0))
+            # Where a firewall swallows what is sent to it, the stream need not wait for that.
+            await self._bulk.settle(min(BULK_SETTLE_S, max(deadline.rest_s(), 0.0)))
         return opened
 
     async def locate(

@@ -3,8 +3,9 @@
     write   slots = step() → fill them → step() commits them and gives the next → … → []
     read    blocks = step() → copy them → step() lets go of them and gives the next → … → []
 
-What a step gives may be touched until the next step, or until `end`, and never after it. Nothing
-here raises: what goes wrong is counted as ever, and ends the write or the read.
+What a step gives may be touched until the next step, or until `end`, and never after it; and the
+client stays open until then, for its connection says to the node who holds what. Nothing here
+raises: what goes wrong is counted as ever, and ends the write or the read.
 """
 
 import asyncio

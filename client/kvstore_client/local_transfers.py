@@ -59,6 +59,7 @@ async def place(
                 over = True
                 return not slots.full
             for index, offset in zip(slots.indexes, slots.offsets, strict=True):
+                attached.check()
                 attached.arena.write(offset, blocks[index])
                 await turns.copied(len(blocks[index]))
             commit = pb.LocalRequest(number=number, commit=pb.LocalCommit())
@@ -112,6 +113,7 @@ def _copy(attached: Attached, block: pb.LocalBlock, index: int, arrivals: Arriva
     if index >= len(arrivals.buffers) or len(block.digest) != DIGEST_BYTES:
         raise KvstoreError("the node says where a block lies that was not asked for")
     if arrivals.loaded[index] is None:
+        attached.check()
         attached.arena.read(block.offset, arrivals.buffers[index])
         arrivals.here(index, Loaded(block.tier, block.digest))
 

@@ -40,7 +40,7 @@ class LoopThread:
         raises only after it has ended: nothing goes on behind the caller's back.
         """
         outcome = self.submit(coroutine)
-        with _ended(outcome):
+        with self._ended(outcome):
             # In slices: a signal that comes just before the wait begins does not end it, and
             # Ctrl-C would then only be noticed when the answer is there.
             while not outcome.done():
@@ -58,13 +58,34 @@ class LoopThread:
         told: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         outcome = self.submit(begin(told.put))
         outcome.add_done_callback(lambda _: told.put(None))
-        with _ended(outcome):
+        with self._ended(outcome):
             over = False
             while not over:
                 items, over = _take_all(told)
                 if items:
                     yield items
             outcome.result()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the caller is the loop's own thread, which must not wait for itself.
+
+        An iterator that was forgotten may be collected, and so closed, anywhere.
+        """
+        return threading.current_thread() is self._thread
+
+    @contextlib.contextmanager
+    def _ended(self, outcome: "Outcome[Answer]") -> Iterator[None]:
+        """However the block is left, the coroutine has ended then."""
+        try:
+            yield
+        except concurrent.futures.CancelledError:
+            raise Unavailable("the client was closed") from None
+        except BaseException:
+            outcome.cancel()
+            if not self.is_inside:
+                concurrent.futures.wait([outcome])
+            raise
 
     def submit(self, coroutine: Coroutine[Any, Any, Answer]) -> "Outcome[Answer]":
         """Starts the coroutine without waiting. Raises `Unavailable` after `stop`."""
@@ -132,19 +153,6 @@ class Outcome(concurrent.futures.Future[Answer]):
             self.set_exception(error)
         else:
             self.set_result(task.result())
-
-
-@contextlib.contextmanager
-def _ended(outcome: Outcome[Answer]) -> Iterator[None]:
-    """However the block is left, the coroutine has ended then."""
-    try:
-        yield
-    except concurrent.futures.CancelledError:
-        raise Unavailable("the client was closed") from None
-    except BaseException:
-        outcome.cancel()
-        concurrent.futures.wait([outcome])
-        raise
 
 
 def _take_all(told: "queue.SimpleQueue[Item | None]") -> tuple[list[Item], bool]:

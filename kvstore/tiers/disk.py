@@ -198,10 +198,17 @@ class DiskTier:
         entry = self._find(load.ref)
         if entry is None or entry.block_bytes != len(load.into):
             return None
-        try:
-            digest = await self._reader.load(entry, load)
-        except OSError as error:
-            return error
+        digest: bytes | None = None
+        place: tuple[int, int] | None = None
+        # A block that was written forward while its load waited is read where it lies now.
+        while digest is None and self._find(load.ref) is entry:
+            if place == (entry.segment_id, entry.page):
+                return None
+            place = entry.segment_id, entry.page
+            try:
+                digest = await self._reader.load(entry, load)
+            except OSError as error:
+                return error
         if digest is None:
             return None
         entry.used = True

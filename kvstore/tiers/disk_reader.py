@@ -1,6 +1,7 @@
 """The reading half of the disk tier: records of blocks, verified, or a miss."""
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -58,12 +59,18 @@ class DiskReader:
         """Fills the buffer with a block of its length; as `read` in all else.
 
         Straight from the file where the block is stored as it is, and the buffer begins on a page
-        and has a keeper: the thread may write to it behind its caller's back.
+        and has a keeper. With a keeper the thread may write to it behind its caller's back.
         """
         name, into = block_name(load.ref), load.into
         if load.keeper is not None and entry.stored_bytes == len(into) and begins_on_a_page(into):
             fill_straight = partial(self._fill, _place_of(entry), name, into)
             return await self._judged(entry, fill_straight, load.keeper)
+        if load.keeper is not None:
+            return await self.read(
+                entry,
+                lambda header, payload: decode_block(header, name, payload, into),
+                load.keeper,
+            )
         gate = Gate()
 
         def fill(header: Header, payload: memoryview) -> bytes:
@@ -76,7 +83,10 @@ class DiskReader:
             raise
 
     async def read(
-        self, entry: Entry, judge: Callable[[Header, memoryview], bytes]
+        self,
+        entry: Entry,
+        judge: Callable[[Header, memoryview], bytes],
+        keeper: Keeper | None = None,
     ) -> bytes | None:
         """What `judge`, in a thread, makes of a record; None if it left, or was damaged and left.
 
@@ -91,7 +101,7 @@ class DiskReader:
                     raise Damaged("record: its segment ends before it")
                 return judge(Header.unpack(record[:HEADER_BYTES]), record[PAGE_BYTES:end])
 
-        return await self._judged(entry, read)
+        return await self._judged(entry, read, keeper)
 
     async def close(self) -> None:
         """Returns when no thread reads any more, also of those for which nobody waited."""
@@ -124,6 +134,8 @@ class DiskReader:
         except (Damaged, OSError) as error:
             if self._index.find(entry.name) is not entry or place != _place_of(entry):
                 return None  # It left its segment, which was dropped, during the read.
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise  # It is memory that was wanting, and the block is as it was.
             _log.warning("a damaged block was dropped from segment %d: %s", place[0], error)
             self._metrics.corrupt.labels(TIER).inc()
             self.damaged += 1
@@ -168,6 +180,10 @@ def judge(name: bytes, header: Header, payload: memoryview) -> bytes:
     """The digest of the block called `name`. Raises `Damaged` if this is not its record."""
     check_payload(header, name, payload)
     return header.digest
+
+
+def _decode(name: bytes, into: memoryview, header: Header, payload: memoryview) -> bytes:
+    return decode_block(header, name, payload, into)
 
 
 def _place_of(entry: Entry) -> _Place:

@@ -189,7 +189,8 @@ class DiskWriter:
 
     async def _write_twins(self, numbered: Header) -> None:
         twins = [Staged.copied(numbered, b"", self._staging) for _ in range(2)]
-        if not await self._append_or_yield(twins, together=True):
+        # One of them would be as good as none once it is damaged.
+        if len(await self._append_or_yield(twins, together=True)) < len(twins):
             raise OSError(errno.EIO, "not all of it could be forgotten for good")
 
     async def _confirm_forgotten(self) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar, cast
@@ -174,7 +175,8 @@ class RedisTier:
         finally:
             for reading in readings:
                 reading.close()
-        return [await self._judge(load.ref, r) for load, r in zip(loads, readings, strict=True)]
+        await self._repair([load.ref for load in loads], readings)
+        return [None if reading.miss else Loaded(self.name, reading.digest) for reading in readings]
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
         room = _Room(await self._room_bytes())
@@ -350,18 +352,22 @@ class RedisTier:
             return []
         return list(cut(block.ref, header, payload, self._part_bytes))
 
-    async def _judge(self, ref: BlockRef, reading: Reading) -> Loaded | None:
-        if reading.miss is Miss.DAMAGED:
-            await self._damaged(ref)
-        elif reading.miss is Miss.INCOMPLETE:
-            # Redis evicts each part for itself; without the first, the next store repairs it.
-            await self.discard([ref])
-        return None if reading.miss else Loaded(self.name, reading.digest)
+    async def _repair(self, refs: Sequence[BlockRef], readings: Sequence[Reading]) -> None:
+        """Drops what is damaged, and what lacks a part: Redis evicts each part for itself.
 
-    async def _damaged(self, ref: BlockRef) -> None:
-        _log.warning("a damaged block was dropped from Redis")
-        self._metrics.corrupt.labels(self.name).inc()
-        await self.discard([ref])
+        Without its first part a block is stored anew. Where Redis refuses, the others are here all
+        the same.
+        """
+        broken: list[BlockRef] = []
+        for ref, reading in zip(refs, readings, strict=True):
+            if reading.miss is Miss.DAMAGED:
+                _log.warning("a damaged block was dropped from Redis")
+                self._metrics.corrupt.labels(self.name).inc()
+            if reading.miss in (Miss.DAMAGED, Miss.INCOMPLETE):
+                broken.append(ref)
+        if broken:
+            with suppress(TierError):
+                await self.discard(broken)
 
     async def _room_bytes(self) -> float:
         if not self._capacity_bytes:

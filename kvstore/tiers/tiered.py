@@ -347,6 +347,10 @@ class Tiered:
         if not kept:
             return set()
         await self.digests.settle(kept)
+        # Who was discarded meanwhile did not see them on their way below.
+        kept = [slot for slot in kept if slot.indexed and not self.oblivion.concerns(slot.ref)]
+        if not kept:
+            return set()
         refs = [slot.ref for slot in kept]
         blocks = [
             Block(slot.ref, slot.parent, slot.digest, slot.view, HeldSlot(self.memory, slot))

@@ -212,7 +212,7 @@ class Spiller:
         for start in range(0, len(run.blocks), step):
             batch = slice(start, start + step)
             held = self._place(active, batch, parent_key)
-            if not all(held):
+            if not all(held) and not active.abandoned:
                 held = self._store(active, batch, parent_key)
             self._note_stored(active, run.keys[batch], held)
             if not all(held):
@@ -296,7 +296,7 @@ class Spiller:
             active.held += sum(held)
             if all(held):
                 self._note_held_locked(keys)
-            else:
+            elif not active.abandoned:
                 # A store that refuses or lost a parent may have lost more: offer chains whole.
                 owner = keys[0][:2]
                 self._held = {key for key in self._held if key[:2] != owner}
