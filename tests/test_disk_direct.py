@@ -142,12 +142,13 @@ async def test_other_buffers_are_copied(
     block, keeper = chain()[0], Counting()
     memory = pages[offset:]
     assert await tier.store([placed(block, memory, keeper if kept else None)]) == [True]
+    assert keeper.ever == 0
     memory[:SIZE] = bytes(SIZE)
     [loaded] = await tier.load([Load(block.ref, memory[:SIZE], keeper if kept else None)])
     assert loaded is not None
     assert memory[:SIZE] == block.data
     assert not uses(files, memory[:SIZE])
-    assert keeper.ever == 0
+    assert (keeper.holds, keeper.ever) == (0, int(kept))  # The thread that copies has to write.
 
 
 async def test_what_a_codec_changed_is_decoded_into_a_buffer_with_a_keeper(
@@ -161,7 +162,7 @@ async def test_what_a_codec_changed_is_decoded_into_a_buffer_with_a_keeper(
     pages[:SIZE] = bytes(SIZE)
     [loaded] = await tier.load([Load(block.ref, pages[:SIZE], keeper)])
     assert loaded is not None
-    assert (pages[:SIZE], keeper.ever) == (block.data, 0)
+    assert (pages[:SIZE], keeper.holds, keeper.ever) == (block.data, 0, 1)
 
 
 async def test_a_flipped_bit_is_a_miss_on_the_straight_way(

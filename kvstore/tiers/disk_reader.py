@@ -66,15 +66,11 @@ class DiskReader:
             fill_straight = partial(self._fill, _place_of(entry), name, into)
             return await self._judged(entry, fill_straight, load.keeper)
         if load.keeper is not None:
-            return await self.read(
-                entry,
-                lambda header, payload: decode_block(header, name, payload, into),
-                load.keeper,
-            )
+            return await self.read(entry, partial(_decode, name, into), load.keeper)
         gate = Gate()
 
         def fill(header: Header, payload: memoryview) -> bytes:
-            return gate.through(lambda: decode_block(header, name, payload, into))
+            return gate.through(partial(_decode, name, into, header, payload))
 
         try:
             return await self.read(entry, fill)

@@ -55,7 +55,7 @@ _UNCHECKED = (
 BUGS = (
     _bug(
         "disk: what comes back is not checked",
-        (f"{_READER}.load", "decode_block(", _UNCHECKED),
+        ("kvstore.tiers.disk_reader:_decode", "decode_block(", _UNCHECKED),
         (f"{_READER}._fill", "check_payload(header, name, into)", "pass"),
     ),
     _bug(
