@@ -3,8 +3,8 @@
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Loaded
 from kvstore_client import Client, Match, Run, Space
@@ -28,88 +28,37 @@ class Source:
     def open_space(self, descriptor: SpaceDescriptor) -> Space:
         return self.client.open_space(descriptor)
 
-    def match(
-        self,
-        spaces: Sequence[Space],
-        keys: Sequence[bytes],
-        *,
-        scopes: Sequence[str] = (),
-        lease_ms: int = 5000,
-        hint: ReuseHint | None = None,
-        request_id: bytes = b"",
-        held_blocks: int = 0,
-        budget_s: float | None = None,
-    ) -> Match:
-        return self.client.match(
-            spaces, keys, scopes=scopes, lease_ms=lease_ms, hint=hint, request_id=request_id,
-            held_blocks=held_blocks, budget_s=budget_s,
-        )  # fmt: skip
+    def match(self, spaces: Sequence[Space], keys: Sequence[bytes], **options: Any) -> Match:
+        return self.client.match(spaces, keys, **options)
 
     def load_stream(
-        self,
-        space: Space,
-        keys: Sequence[bytes],
-        buffers: Sequence[memoryview],
-        *,
-        scopes: Sequence[str] = (),
-        lease: Match | None = None,
-        budget_s: float | None = None,
+        self, space: Space, keys: Sequence[bytes], buffers: Sequence[memoryview], **options: Any
     ) -> Generator[list[Loaded], None, None]:
         time.sleep(self.delay_s)
-        yield from self.client.load_stream(
-            space, keys, buffers, scopes=scopes, lease=lease, budget_s=budget_s
-        )
+        yield from self.client.load_stream(space, keys, buffers, **options)
 
     def store(
-        self,
-        space: Space,
-        keys: Sequence[bytes],
-        blocks: Sequence[memoryview],
-        *,
-        parent_key: bytes = b"",
-        scope: str = "",
-        hint: ReuseHint | None = None,
-        budget_s: float | None = None,
+        self, space: Space, keys: Sequence[bytes], blocks: Sequence[memoryview], **options: Any
     ) -> list[bool]:
         if not self.stores:
             return [False] * len(keys)
-        return self.client.store(
-            space, keys, blocks, parent_key=parent_key, scope=scope, hint=hint, budget_s=budget_s
-        )
+        return self.client.store(space, keys, blocks, **options)
 
     @property
     def arena(self) -> memoryview | None:
         return self.client.arena
 
     def write_in_place(
-        self,
-        space: Space,
-        keys: Sequence[bytes],
-        held: list[bool],
-        *,
-        parent_key: bytes = b"",
-        scope: str = "",
-        hint: ReuseHint | None = None,
-        budget_s: float | None = None,
+        self, space: Space, keys: Sequence[bytes], held: list[bool], **options: Any
     ) -> Generator[list[EmptySlot], None, None]:
         if self.stores:
-            yield from self.client.write_in_place(
-                space, keys, held, parent_key=parent_key, scope=scope, hint=hint, budget_s=budget_s
-            )
+            yield from self.client.write_in_place(space, keys, held, **options)
 
     def read_in_place(
-        self,
-        space: Space,
-        keys: Sequence[bytes],
-        *,
-        scopes: Sequence[str] = (),
-        lease: Match | None = None,
-        budget_s: float | None = None,
+        self, space: Space, keys: Sequence[bytes], **options: Any
     ) -> Generator[list[GivenBlock], None, None]:
         time.sleep(self.delay_s)
-        yield from self.client.read_in_place(
-            space, keys, scopes=scopes, lease=lease, budget_s=budget_s
-        )
+        yield from self.client.read_in_place(space, keys, **options)
 
     def release(self, match: Match) -> None:
         self.client.release(match)
