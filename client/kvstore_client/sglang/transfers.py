@@ -1,0 +1,196 @@
+"""Moves pages between SGLang's host pool and the node.
+
+node on this host    its memory ◄─ one copy ─► pool
+node elsewhere       connection ◄─► scratch ◄─ one copy ─► pool
+page of one part     connection ◄─► pool
+"""
+
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+
+import numpy as np
+
+from kvstore.api.digest import BlockDigest
+from kvstore_client.budgets import Deadline
+from kvstore_client.client import Client
+from kvstore_client.match import Match
+from kvstore_client.sglang.pages import Bytes, Parts, gather, scatter
+from kvstore_client.space import Space
+
+SCRATCH_BYTES = 32 << 20
+"""Of each thread of SGLang's that moves pages, unless one block is larger."""
+
+
+class PageTransfers:
+    """Any thread may call, and copies in its own time. Nothing here raises or outlasts its budget
+    by more than one copy; after a call returned nothing touches the pages it was given."""
+
+    def __init__(self, client: Client, scope: str) -> None:
+        self._client = client
+        self._scope = scope
+        self._own = threading.local()
+
+    def store(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        pages: Sequence[Parts],
+        parent_key: bytes,
+        deadline: Deadline,
+    ) -> list[bool]:
+        """True for each page of one run of a chain that the node holds afterwards."""
+        held = self._write_in_place(space, keys, pages, parent_key, deadline)
+        step = self._batch(space, pages)
+        for at in range(0, len(keys), step):
+            batch = slice(at, at + step)
+            if all(held[batch]):
+                parent_key = keys[batch][-1]
+                continue
+            if deadline.rest_s() <= 0:
+                break
+            held[batch] = self._client.store(
+                space,
+                keys[batch],
+                [memoryview(block) for block in self._gathered(pages[batch], space)],
+                parent_key=parent_key,
+                parent_scope=self._scope,
+                scope=self._scope,
+                budget_s=deadline.rest_s(),
+            )
+            if not all(held[batch]):
+                break  # What follows would be orphans.
+            parent_key = keys[batch][-1]
+        return held
+
+    def load(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        pages: Sequence[Parts],
+        lease: Match | None,
+        deadline: Deadline,
+    ) -> list[str]:
+        """The tier of each leading page that arrived whole and intact.
+
+        The others hold undefined bytes.
+        """
+        tiers = self._read_in_place(space, keys, pages, lease, deadline)
+        step = self._batch(space, pages)
+        while len(tiers) < len(keys) and deadline.rest_s() > 0:
+            batch = slice(len(tiers), len(tiers) + step)
+            arrived = self._receive(space, keys[batch], pages[batch], lease, deadline)
+            tiers += arrived
+            if len(arrived) < len(keys[batch]):
+                break
+        return tiers
+
+    def _write_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        pages: Sequence[Parts],
+        parent_key: bytes,
+        deadline: Deadline,
+    ) -> list[bool]:
+        held = [False] * len(keys)
+        steps = self._client.write_in_place(
+            space,
+            keys,
+            held,
+            parent_key=parent_key,
+            parent_scope=self._scope,
+            scope=self._scope,
+            budget_s=deadline.rest_s(),
+        )
+        with closing(steps):
+            for slots in steps:
+                for slot in slots:
+                    gather(pages[slot.place], np.frombuffer(slot.view, np.uint8))
+                if deadline.rest_s() <= 0:
+                    break
+        return held
+
+    def _read_in_place(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        pages: Sequence[Parts],
+        lease: Match | None,
+        deadline: Deadline,
+    ) -> list[str]:
+        """The bytes are digested where they have arrived: should the node have taken its memory
+        back while they were copied, because this connection broke, say, it shows."""
+        tiers: list[str] = []
+        steps = self._client.read_in_place(
+            space, keys, scopes=(self._scope,), lease=lease, budget_s=deadline.rest_s()
+        )
+        with closing(steps):
+            for given in steps:
+                for block in given:
+                    parts = pages[len(tiers)]
+                    scatter(np.frombuffer(block.view, np.uint8), parts)
+                    if _digest(space, keys[len(tiers)], parts) != block.loaded.digest:
+                        self._client.counters["load_corrupt"] += 1
+                        return tiers
+                    tiers.append(block.loaded.tier)
+                if deadline.rest_s() <= 0:
+                    break
+        return tiers
+
+    def _receive(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        pages: Sequence[Parts],
+        lease: Match | None,
+        deadline: Deadline,
+    ) -> list[str]:
+        """Pages are filled as their blocks come, while later ones are still on their way."""
+        direct = len(pages[0]) == 1
+        blocks = [parts[0] for parts in pages] if direct else self._scratch(len(keys), space)
+        steps = self._client.load_stream(
+            space,
+            keys,
+            [memoryview(block) for block in blocks],
+            scopes=(self._scope,),
+            lease=lease,
+            budget_s=deadline.rest_s(),
+        )
+        tiers: list[str] = []
+        with closing(steps):
+            for step in steps:
+                for loaded in step:
+                    if not direct:
+                        scatter(blocks[len(tiers)], pages[len(tiers)])
+                    tiers.append(loaded.tier)
+        return tiers
+
+    def _batch(self, space: Space, pages: Sequence[Parts]) -> int:
+        """How many pages go at once where the bytes do not move in place."""
+        if len(pages[0]) == 1:
+            return len(pages)
+        return max(1, SCRATCH_BYTES // space.block_bytes)
+
+    def _gathered(self, pages: Sequence[Parts], space: Space) -> list[Bytes]:
+        if len(pages[0]) == 1:
+            return [parts[0] for parts in pages]
+        blocks = self._scratch(len(pages), space)
+        for parts, block in zip(pages, blocks, strict=True):
+            gather(parts, block)
+        return blocks
+
+    def _scratch(self, blocks: int, space: Space) -> list[Bytes]:
+        """Memory of this thread's; fresh pages would cost more than the copies that they take."""
+        size = blocks * space.block_bytes
+        kept: Bytes | None = getattr(self._own, "scratch", None)
+        if kept is None or kept.nbytes < size:
+            kept = self._own.scratch = np.empty(max(size, SCRATCH_BYTES), np.uint8)
+        return list(kept[:size].reshape(blocks, space.block_bytes))
+
+
+def _digest(space: Space, key: bytes, parts: Parts) -> bytes:
+    digest = BlockDigest(space.space_id, key, space.block_bytes)
+    for part in parts:
+        digest.update(memoryview(part))
+    return digest.digest()
