@@ -1,4 +1,4 @@
-"""The backend's settings: `--hicache-storage-backend-extra-config`, less what SGLang takes of it."""
+"""The settings: `--hicache-storage-backend-extra-config`, less what SGLang takes of it."""
 
 import math
 from collections.abc import Mapping
