@@ -1,16 +1,20 @@
-# make demo | test | prove | soak | lint | proto | model | clean. Each sets up what it needs in .venv.
+# make demo | test | test-sglang | prove | soak | lint | proto | model | clean. Each sets up what it needs in .venv.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test prove soak lint proto model clean
+.PHONY: demo test test-sglang prove soak lint proto model clean
 
 demo: $(STAMP)
 	$(BIN)/kvstore demo --out demo-out --json demo-out/demo.json
 
 test: $(STAMP) .gen-venv/.installed
 	$(BIN)/python -m pytest
+
+# The adapter in the engine itself, without a GPU; needs g++ and OpenSSL's headers.
+test-sglang: $(STAMP) .venv-sglang/.installed
+	.venv-sglang/bin/python -m pytest tests_engines/sglang
 
 # Tries to break every promise, less than ten minutes; KVSTORE_TRACE and KVSTORE_HINTS name a trace.
 prove: $(STAMP)
@@ -42,10 +46,16 @@ proto: .gen-venv/.installed
 	.gen-venv/bin/python -m pip install --quiet -r deploy/constraints-proto.txt
 	touch $@
 
+.venv-sglang/.installed: deploy/constraints-sglang.txt
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install --quiet --no-deps -r deploy/constraints-sglang.txt
+	.venv-sglang/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .gen-venv demo-out build *.egg-info
+	rm -rf $(VENV) .gen-venv .venv-sglang demo-out build *.egg-info

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from tests_engines.sglang.rig import Node
 
 sys.path.insert(0, str(Path(__file__).parent / "stubs"))
@@ -29,3 +31,14 @@ def start_node(tmp_path: Path) -> Iterator[Callable[..., "Node"]]:
     yield start
     for node in nodes:
         node.stop()
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ProcessGroup"]:
+    """A process group of one rank, for the controller's reductions."""
+    import torch.distributed as dist
+
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()

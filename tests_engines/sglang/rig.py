@@ -77,14 +77,18 @@ class Node:
             self.signal(signal.SIGKILL)
 
 
-def mha(layout: str) -> MHATokenToKVPoolHost:
-    """A host pool of K and V, filled with zeros."""
-    pool = MHATokenToKVPool(
+def device_pool() -> MHATokenToKVPool:
+    """A device pool of K and V, in the memory of the host."""
+    return MHATokenToKVPool(
         size=TOKENS, page_size=PAGE_TOKENS, dtype=torch.float16, head_num=4, head_dim=64,
         layer_num=LAYERS, device="cpu", enable_memory_saver=False,
     )  # fmt: skip
+
+
+def mha(layout: str) -> MHATokenToKVPoolHost:
+    """A host pool of K and V, filled with zeros."""
     return MHATokenToKVPoolHost(
-        pool._mha_buffer_info(), 2.0, 0, PAGE_TOKENS, layout, pin_memory=False, device="cpu",
+        device_pool()._mha_buffer_info(), 2.0, 0, PAGE_TOKENS, layout, pin_memory=False, device="cpu",
         device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
     )  # fmt: skip
 
