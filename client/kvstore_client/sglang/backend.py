@@ -155,7 +155,7 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
         if target_locations is None:
             target_locations = [self.mem_pool_host.get_dummy_flat_data_page() for _ in keys]
         loaded = 0
-        if keys and self._are_whole(target_locations) and not self._stands_down():
+        if keys and self._are_whole(keys, target_locations) and not self._stands_down():
             loaded = self._load(keys, [[[bytes_of(page)] for page in target_locations]])
         return [page if place < loaded else None for place, page in enumerate(target_locations)]
 
@@ -168,7 +168,7 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
     ) -> bool:
         """Whether the node holds all these pages afterwards."""
         pages = [page.contiguous() for page in values or ()]
-        if len(pages) != len(keys) or not self._are_whole(pages) or self._stands_down():
+        if not self._are_whole(keys, pages) or self._stands_down():
             return False
         return all(self._store(keys, [[[bytes_of(page)] for page in pages]], None))
 
@@ -285,10 +285,12 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
             _log.error("%d indices for %d pages: none is moved", len(host_indices), len(keys))
         return fits and bool(keys)
 
-    def _are_whole(self, pages: Sequence[torch.Tensor]) -> bool:
-        """Whether flat pages are what a block of the only space holds."""
-        whole = self._pages.cuts == 1 and all(
-            page.nbytes == self._page_bytes and page.is_contiguous() for page in pages
+    def _are_whole(self, keys: Sequence[str], pages: Sequence[torch.Tensor]) -> bool:
+        """Whether there is a flat page for each key, as long as a block of the only space."""
+        whole = (
+            len(keys) == len(pages)
+            and self._pages.cuts == 1
+            and all(page.nbytes == self._page_bytes and page.is_contiguous() for page in pages)
         )
         if not whole:
             _log.error("pages that are cut by heads, or of another size, need interface_v1")

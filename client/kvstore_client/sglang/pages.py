@@ -35,9 +35,7 @@ class HostPages:
         self.dtype = str(pool.dtype).removeprefix("torch.")
         self.layout = f"{type(pool).__name__} {pool.layout}"
         self.layers = f"{pool.start_layer}-{pool.end_layer} of {pool.layer_num}"
-        self.shape = " ".join(
-            f"{name} {getattr(pool, name)}" for name in _SHAPE if hasattr(pool, name)
-        )
+        self.shape = _shape(pool, cuts)
         self.has_draft_layers = pool.layer_num != getattr(pool, "target_layer_num", pool.layer_num)
         try:
             samples = self.blocks(torch.arange(self.page_tokens))
@@ -77,6 +75,14 @@ class HostPages:
         if self._pool.layout == "layer_first" and parts == 2 * self._pool.layer_num:
             return [*range(0, parts, 2), *range(1, parts, 2)]
         return range(parts)
+
+
+def _shape(pool: Any, cuts: int) -> str:
+    """What the order of the bytes depends on beside the layout, for one cut."""
+    shape = {name: getattr(pool, name) for name in _SHAPE if hasattr(pool, name)}
+    if cuts > 1:
+        shape["head_num"] //= cuts
+    return " ".join(f"{name} {size}" for name, size in shape.items())
 
 
 def bytes_at(address: int, size: int) -> Bytes:

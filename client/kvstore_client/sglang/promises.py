@@ -60,10 +60,12 @@ class Promises:
 
     def was_read(self, keys: Sequence[bytes], loaded: int) -> None:
         """Ends a promise that was kept to its last page, or that could not be kept."""
-        key = keys[min(loaded, len(keys) - 1)]
+        last = keys[loaded - 1] if loaded else b""
         with self._lock:
-            promise = self._of_page.get(key)
-            if promise is None or (loaded == len(keys) and promise.keys[-1] != key):
+            promise = self._of_page.get(last)
+            if promise is None or promise.keys[-1] != last:
+                promise = self._of_page.get(keys[loaded]) if loaded < len(keys) else None
+            if promise is None:
                 return
             self._forget_locked(promise)
         self._release(promise.match)

@@ -7,11 +7,12 @@ page of one part     connection ◄─► pool
 
 import threading
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 
 from kvstore.api.digest import BlockDigest
+from kvstore.api.tier import Loaded
 from kvstore_client.budgets import Deadline
 from kvstore_client.client import Client
 from kvstore_client.match import Match
@@ -20,6 +21,10 @@ from kvstore_client.space import Space
 
 SCRATCH_BYTES = 32 << 20
 """Of each thread of SGLang's that moves pages, unless one block is larger."""
+
+
+class _Corrupt(Exception):
+    """A page is not what its writer stored."""
 
 
 class PageTransfers:
@@ -75,14 +80,15 @@ class PageTransfers:
 
         The others hold undefined bytes.
         """
-        tiers = self._read_in_place(space, keys, pages, lease, deadline)
-        step = self._batch(space, pages)
-        while len(tiers) < len(keys) and deadline.rest_s() > 0:
-            batch = slice(len(tiers), len(tiers) + step)
-            arrived = self._receive(space, keys[batch], pages[batch], lease, deadline)
-            tiers += arrived
-            if len(arrived) < len(keys[batch]):
-                break
+        tiers: list[str] = []
+        with suppress(_Corrupt):
+            self._read_in_place(space, keys, pages, lease, deadline, tiers)
+            step = self._batch(space, pages)
+            while len(tiers) < len(keys) and deadline.rest_s() > 0:
+                batch = slice(len(tiers), len(tiers) + step)
+                self._receive(space, keys[batch], pages[batch], lease, deadline, tiers)
+                if len(tiers) < min(batch.stop, len(keys)):
+                    break
         return tiers
 
     def _write_in_place(
@@ -118,25 +124,20 @@ class PageTransfers:
         pages: Sequence[Parts],
         lease: Match | None,
         deadline: Deadline,
-    ) -> list[str]:
-        """The bytes are digested where they have arrived: should the node have taken its memory
-        back while they were copied, because this connection broke, say, it shows."""
-        tiers: list[str] = []
+        tiers: list[str],
+    ) -> None:
         steps = self._client.read_in_place(
             space, keys, scopes=(self._scope,), lease=lease, budget_s=deadline.rest_s()
         )
         with closing(steps):
             for given in steps:
                 for block in given:
-                    parts = pages[len(tiers)]
-                    scatter(np.frombuffer(block.view, np.uint8), parts)
-                    if _digest(space, keys[len(tiers)], parts) != block.loaded.digest:
-                        self._client.counters["load_corrupt"] += 1
-                        return tiers
+                    place = len(tiers)
+                    scatter(np.frombuffer(block.view, np.uint8), pages[place])
+                    self._check(space, keys[place], pages[place], block.loaded)
                     tiers.append(block.loaded.tier)
                 if deadline.rest_s() <= 0:
                     break
-        return tiers
 
     def _receive(
         self,
@@ -145,7 +146,8 @@ class PageTransfers:
         pages: Sequence[Parts],
         lease: Match | None,
         deadline: Deadline,
-    ) -> list[str]:
+        tiers: list[str],
+    ) -> None:
         """Pages are filled as their blocks come, while later ones are still on their way."""
         direct = len(pages[0]) == 1
         blocks = [parts[0] for parts in pages] if direct else self._scratch(len(keys), space)
@@ -157,14 +159,28 @@ class PageTransfers:
             lease=lease,
             budget_s=deadline.rest_s(),
         )
-        tiers: list[str] = []
+        arrived = zip(keys, blocks, pages, strict=True)
         with closing(steps):
             for step in steps:
                 for loaded in step:
+                    key, block, parts = next(arrived)
                     if not direct:
-                        scatter(blocks[len(tiers)], pages[len(tiers)])
+                        scatter(block, parts)
+                    self._check(space, key, parts, loaded)
                     tiers.append(loaded.tier)
-        return tiers
+
+    def _check(self, space: Space, key: bytes, parts: Parts, loaded: Loaded) -> None:
+        """Digests the bytes where they have arrived. Raises `_Corrupt`.
+
+        What lies in the node's memory is trusted until here; and should the node have taken that
+        back while it was copied, because this connection broke, say, it shows.
+        """
+        digest = BlockDigest(space.space_id, key, space.block_bytes)
+        for part in parts:
+            digest.update(memoryview(part))
+        if digest.digest() != loaded.digest:
+            self._client.counters["load_corrupt"] += 1
+            raise _Corrupt
 
     def _batch(self, space: Space, pages: Sequence[Parts]) -> int:
         """How many pages go at once where the bytes do not move in place."""
@@ -187,10 +203,3 @@ class PageTransfers:
         if kept is None or kept.nbytes < size:
             kept = self._own.scratch = np.empty(max(size, SCRATCH_BYTES), np.uint8)
         return list(kept[:size].reshape(blocks, space.block_bytes))
-
-
-def _digest(space: Space, key: bytes, parts: Parts) -> bytes:
-    digest = BlockDigest(space.space_id, key, space.block_bytes)
-    for part in parts:
-        digest.update(memoryview(part))
-    return digest.digest()
