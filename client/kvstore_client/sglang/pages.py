@@ -87,7 +87,7 @@ def _shape(pool: Any, cuts: int) -> str:
 
 def bytes_at(address: int, size: int) -> Bytes:
     """Memory of the caller's, without a copy and without a hold on it."""
-    return np.frombuffer((ctypes.c_ubyte * size).from_address(address), np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_ubyte * size).from_address(address)), np.uint8)
 
 
 def bytes_of(page: torch.Tensor) -> Bytes:

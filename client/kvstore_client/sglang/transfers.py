@@ -31,8 +31,9 @@ class PageTransfers:
     """Any thread may call, and copies in its own time. Nothing here raises or outlasts its budget
     by more than one copy; after a call returned nothing touches the pages it was given."""
 
-    def __init__(self, client: Client, scope: str) -> None:
+    def __init__(self, client: Client, scope: str, scratch_bytes: int = SCRATCH_BYTES) -> None:
         self._client = client
+        self._scratch_bytes = scratch_bytes
         self._scope = scope
         self._own = threading.local()
 
@@ -57,7 +58,7 @@ class PageTransfers:
             held[batch] = self._client.store(
                 space,
                 keys[batch],
-                [memoryview(block) for block in self._gathered(pages[batch], space)],
+                [block.data for block in self._gathered(pages[batch], space)],
                 parent_key=parent_key,
                 parent_scope=self._scope,
                 scope=self._scope,
@@ -154,7 +155,7 @@ class PageTransfers:
         steps = self._client.load_stream(
             space,
             keys,
-            [memoryview(block) for block in blocks],
+            [block.data for block in blocks],
             scopes=(self._scope,),
             lease=lease,
             budget_s=deadline.rest_s(),
@@ -177,7 +178,7 @@ class PageTransfers:
         """
         digest = BlockDigest(space.space_id, key, space.block_bytes)
         for part in parts:
-            digest.update(memoryview(part))
+            digest.update(part.data)
         if digest.digest() != loaded.digest:
             self._client.counters["load_corrupt"] += 1
             raise _Corrupt
@@ -186,7 +187,7 @@ class PageTransfers:
         """How many pages go at once where the bytes do not move in place."""
         if len(pages[0]) == 1:
             return len(pages)
-        return max(1, SCRATCH_BYTES // space.block_bytes)
+        return max(1, self._scratch_bytes // space.block_bytes)
 
     def _gathered(self, pages: Sequence[Parts], space: Space) -> list[Bytes]:
         if len(pages[0]) == 1:
@@ -201,5 +202,5 @@ class PageTransfers:
         size = blocks * space.block_bytes
         kept: Bytes | None = getattr(self._own, "scratch", None)
         if kept is None or kept.nbytes < size:
-            kept = self._own.scratch = np.empty(max(size, SCRATCH_BYTES), np.uint8)
+            kept = self._own.scratch = np.empty(max(size, self._scratch_bytes), np.uint8)
         return list(kept[:size].reshape(blocks, space.block_bytes))
