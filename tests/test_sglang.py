@@ -163,6 +163,8 @@ async def test_a_rank_reads_its_heads_of_pages_that_one_rank_wrote_whole(node: N
         with attached(half, config(node.endpoint, tp_rank=1, tp_size=2, **cut)) as backend:
             assert backend.batch_exists(KEYS, START) == 4
             assert all(backend.batch_get_v1(KEYS, STORED, START))
+            assert backend.batch_get_v1(["nope"], LOADED[:4], START) == [False]
+            assert not backend.batch_set(["flat"], [half.get_data_page(0)])
         upper = whole.kv_buffer[:, :4, 2:].contiguous()
         assert torch.equal(half.kv_buffer[:, :4].view(torch.int16), upper.view(torch.int16))
 
@@ -212,6 +214,10 @@ async def test_a_flipped_bit_in_memory_ends_the_pages_before_it(
                 until(lambda: reader._client.arena is not None)
             assert reader.batch_get_v1(KEYS, LOADED, START) == [True, True, False, False]
             assert reader.counters["load_corrupt"] == 1
+            until(lambda: not writer.exists(KEYS[2]))
+            assert all(writer.batch_set_v1(KEYS, STORED, START))
+            assert all(reader.batch_get_v1(KEYS, LOADED, START))
+            assert pages(pool, LOADED) == pages(pool, STORED)
 
     await run(work)
 
@@ -529,11 +535,16 @@ def test_another_version_is_refused_unless_it_is_asked_for(
 
 
 def test_pools_that_cannot_be_kept_are_refused(engine: Engine) -> None:
-    """Those beside KV, and those without pages that are bytes."""
+    """Those beside KV, whenever they come, and those without pages that are bytes."""
     with attached(filled(), config("127.0.0.1:1")) as backend:
+        backend._attached = False
         backend.register_mem_host_pool_v2(filled(), "mamba")
         with pytest.raises(ValueError, match=r"\['mamba'\] beside"):
             backend.on_host_pools_registered()
+    with attached(filled(), config("127.0.0.1:1")) as backend:
+        backend.register_mem_host_pool_v2(filled(), "kv")
+        with pytest.raises(ValueError, match=r"\['draft'\] beside"):
+            backend.register_mem_host_pool_v2(filled(), "draft")
 
     class Scaled(HostPool):
         def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:

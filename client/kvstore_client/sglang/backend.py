@@ -49,6 +49,7 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
         self._weights = weight_version()
         self._content = adapters_content(self._options, self._serving)
         self._clock = SystemClock()
+        self._attached = False
         self._figures = Figures()
         self._client = self._options.connect()
         self._transfers = PageTransfers(self._client, self._options.scope)
@@ -69,14 +70,16 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
             tokens = self._pages.page_tokens
             self._gate.computed(tokens, tokens / self._options.prefill_tokens_per_s)
 
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        """Takes note of a pool. One that comes when all others are known is judged at once."""
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        if self._attached:
+            self._refuse_other_pools()
+
     def on_host_pools_registered(self) -> None:
         """Refuses what is not supported, and says in the log how the node was found."""
-        extra = sorted(str(name) for name in getattr(self, "registered_pools", ()) if name != "kv")
-        if extra:
-            raise ValueError(
-                f"kvstore_client.sglang keeps the KV pool alone, and this model has {extra} beside "
-                "it; start without --hicache-storage-backend"
-            )
+        self._refuse_other_pools()
+        self._attached = True
         try:
             for space in self._spaces:
                 self._client.open_space(space.descriptor)
@@ -86,6 +89,14 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
             )
         else:
             _log.info("%s: %s", self._client.endpoint, self._spaces[0].descriptor)
+
+    def _refuse_other_pools(self) -> None:
+        others = sorted(str(name) for name in getattr(self, "registered_pools", ()) if name != "kv")
+        if others:
+            raise ValueError(
+                f"kvstore_client.sglang keeps the KV pool alone, and this model has {others} "
+                "beside it; start without --hicache-storage-backend"
+            )
 
     # What SGLang's threads call.
 
@@ -234,6 +245,8 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
         for space, pages in zip(self._spaces, blocks, strict=True):
             tiers = self._transfers.load(space, names[:loaded], pages[:loaded], lease, deadline)
             loaded = len(tiers)
+            if not loaded:
+                break
         self._promises.was_read(names, loaded)
         seconds = self._clock.monotonic_s() - begun_s
         self._gate.loaded(tiers, seconds)

@@ -39,7 +39,13 @@ class HostPages:
         self.has_draft_layers = pool.layer_num != getattr(pool, "target_layer_num", pool.layer_num)
         try:
             samples = self.blocks(torch.arange(self.page_tokens))
-        except (NotImplementedError, TypeError, AttributeError, ValueError) as error:
+        except (
+            NotImplementedError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            AssertionError,
+        ) as error:
             raise ValueError(f"{self.layout}: its pages cannot be stored ({error})") from None
         self.block_bytes = sum(part.nbytes for part in samples[0][0])
         """Of one page, or of one of its cuts, which are alike."""

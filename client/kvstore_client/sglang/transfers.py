@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 import numpy as np
 
 from kvstore.api.digest import BlockDigest
+from kvstore.api.errors import KvstoreError
 from kvstore.api.tier import Loaded
 from kvstore_client.budgets import Deadline
 from kvstore_client.client import Client
@@ -181,7 +182,13 @@ class PageTransfers:
             digest.update(part.data)
         if digest.digest() != loaded.digest:
             self._client.counters["load_corrupt"] += 1
+            # Else the node would say "present" to whoever stores it again. That takes its time.
+            threading.Thread(target=self._forget, args=(space, key), daemon=True).start()
             raise _Corrupt
+
+    def _forget(self, space: Space, key: bytes) -> None:
+        with suppress(KvstoreError):
+            self._client.discard(space, [key], scope=self._scope)
 
     def _batch(self, space: Space, pages: Sequence[Parts]) -> int:
         """How many pages go at once where the bytes do not move in place."""
