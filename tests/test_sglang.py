@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -552,3 +553,10 @@ def test_pools_that_cannot_be_kept_are_refused(engine: Engine) -> None:
 
     with pytest.raises(ValueError, match=r"Scaled page_first: .*its scales lie outside"):
         attached(Scaled("page_first"), config("127.0.0.1:1")).__enter__()
+
+
+def test_every_setting_is_documented(engine: Engine) -> None:
+    """docs/sglang.md names each, and those that SGLang takes."""
+    text = (Path(__file__).parents[1] / "docs" / "sglang.md").read_text()
+    names = {each.name for each in dataclasses.fields(module("options").SGLangOptions)}
+    assert {name for name in names if f"`{name}`" not in text} == set()
