@@ -161,11 +161,11 @@ async def test_a_rank_reads_its_heads_of_pages_that_one_rank_wrote_whole(node: N
         whole, half = filled("page_head", heads=4), HostPool("page_head", heads=2)
         with attached(whole, config(node.endpoint, **cut)) as backend:
             assert all(backend.batch_set_v1(KEYS, STORED, START))
+            assert backend.batch_get_v1(["nope"], LOADED[:4], START) == [False]
+            assert not backend.batch_set(["flat"], [whole.get_data_page(0)])
         with attached(half, config(node.endpoint, tp_rank=1, tp_size=2, **cut)) as backend:
             assert backend.batch_exists(KEYS, START) == 4
             assert all(backend.batch_get_v1(KEYS, STORED, START))
-            assert backend.batch_get_v1(["nope"], LOADED[:4], START) == [False]
-            assert not backend.batch_set(["flat"], [half.get_data_page(0)])
         upper = whole.kv_buffer[:, :4, 2:].contiguous()
         assert torch.equal(half.kv_buffer[:, :4].view(torch.int16), upper.view(torch.int16))
 
@@ -215,6 +215,8 @@ async def test_a_flipped_bit_in_memory_ends_the_pages_before_it(
                 until(lambda: reader._client.arena is not None)
             assert reader.batch_get_v1(KEYS, LOADED, START) == [True, True, False, False]
             assert reader.counters["load_corrupt"] == 1
+            if not shared_memory:
+                return  # The client found it, and the node has still to be told.
             until(lambda: not writer.exists(KEYS[2]))
             assert all(writer.batch_set_v1(KEYS, STORED, START))
             assert all(reader.batch_get_v1(KEYS, LOADED, START))
