@@ -16,10 +16,10 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from kvstore.api.errors import ConfigError, InvalidArgument, ResourceExhausted
-from kvstore.api.local import HELLO, LENGTH, REFUSED, TICKET_BYTES, WELCOME
+from kvstore.api.errors import ConfigError, ResourceExhausted
+from kvstore.api.local import HELLO, REFUSED, TICKET_BYTES, WELCOME
+from kvstore.api.messages import Messages
 from kvstore.api.v1 import kvstore_pb2 as pb
-from kvstore.api.wire import MESSAGE_BYTES
 from kvstore.attachment import Attachment, Room
 from kvstore.calls import Calls
 from kvstore.local_calls import LocalCalls
@@ -107,20 +107,18 @@ class LocalSocket:
         if ticket is None:
             connection.close()
             return
-        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=MESSAGE_BYTES)
+        messages = Messages(connection)
         attachment = Attachment(self._node.tiers, self._room)
-        calls = LocalCalls(self._node, self._calls, attachment, ticket.authorization)
+        calls = LocalCalls(self._node, self._calls, attachment, ticket.authorization, messages)
         try:
-            await _converse(reader, writer, calls)
-        except (OSError, asyncio.IncompleteReadError, InvalidArgument, DecodeError) as error:
-            if not isinstance(error, asyncio.IncompleteReadError) or error.partial:
-                _log.warning("a client on this host was cut off: %s", error)
+            await messages.listen(calls.take)
+        except (OSError, ValueError, DecodeError) as error:
+            _log.warning("a client on this host was cut off: %s", error)
         finally:
             try:
                 await calls.end()
             finally:
                 attachment.end()
-                writer.close()
 
     async def _hello(self, connection: socket.socket) -> Ticket | None:
         """Lets the bearer of a ticket in; None for anybody else."""
@@ -138,24 +136,6 @@ class LocalSocket:
         arena = self._node.tiers.memory.arena
         socket.send_fds(connection, [HELLO.pack(WELCOME, arena.capacity_bytes)], [arena.file])
         return ticket
-
-
-async def _converse(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, calls: LocalCalls
-) -> None:
-    """Takes messages until the client hangs up, which ends in IncompleteReadError."""
-
-    async def answer(reply: pb.LocalReply) -> None:
-        packed = reply.SerializeToString()
-        writer.write(LENGTH.pack(len(packed)) + packed)
-        await writer.drain()
-
-    while True:
-        [length] = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-        if length > MESSAGE_BYTES:
-            raise InvalidArgument(f"a message of {length} bytes; at most {MESSAGE_BYTES} are taken")
-        request = pb.LocalRequest.FromString(await reader.readexactly(length))
-        await calls.take(request, answer)
 
 
 def _is_ours(connection: socket.socket) -> bool:

@@ -257,7 +257,7 @@ async def test_a_client_that_hangs_up_copies_no_more(
     def hang_up(offset: int, block: memoryview) -> None:
         copied.append(offset)
         copy(offset, block)
-        link._writer.close()
+        link._messages.close()
 
     link.arena.write = link.arena.read = hang_up  # type: ignore[assignment, method-assign]
     await moving(client, space, keys)
@@ -527,8 +527,9 @@ async def test_nonsense_ends_the_connection_and_nothing_else(nodes: Nodes, nonse
     client, other = await attach(nodes, server), await attach(nodes, server)
     space = await client.open_space(descriptor_of())
     await reserve(client, space, keys_of("held", 8))
-    attached(client)._writer.write(nonsense)
-    attached(client)._writer.write_eof()
+    connection = attached(client)._messages._connection
+    connection.sendall(nonsense)
+    connection.shutdown(socket.SHUT_WR)
     await gone_of(server, 1)
     assert local(server)._room.held_bytes == 0
     assert await store(other, space, keys_of("chat", BLOCKS)) == [True] * BLOCKS
