@@ -32,6 +32,8 @@ TICKET_S = 10.0
 HELLO_S = 5.0
 MAX_CLIENTS = 1024
 BACKLOG = 128
+PATIENCE_BYTES = 1 << 20
+"""Who leaves more than this of what he is answered has nothing more heard."""
 _PEER = struct.Struct("<iII")
 """Process, user and group of the other side, as the kernel tells them."""
 LONGEST_PATH_BYTES = 107
@@ -107,7 +109,7 @@ class LocalSocket:
         if ticket is None:
             connection.close()
             return
-        messages = Messages(connection)
+        messages = Messages(connection, PATIENCE_BYTES)
         attachment = Attachment(self._node.tiers, self._room)
         calls = LocalCalls(self._node, self._calls, attachment, ticket.authorization, messages)
         try:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from kvstore.api.local import LENGTH
-from kvstore.api.messages import MOST_GOING_BYTES, Messages
+from kvstore.api.messages import Messages
 from kvstore.api.wire import MESSAGE_BYTES
+
+PATIENCE_BYTES = 1 << 20
 
 
 def ends() -> tuple[Messages, Messages]:
@@ -16,7 +18,7 @@ def ends() -> tuple[Messages, Messages]:
     pair = socket.socketpair()
     for end in pair:
         end.setblocking(False)
-    return Messages(pair[0]), Messages(pair[1])
+    return Messages(pair[0]), Messages(pair[1], PATIENCE_BYTES)
 
 
 def one_end() -> tuple[Messages, socket.socket]:
@@ -24,7 +26,7 @@ def one_end() -> tuple[Messages, socket.socket]:
     here, there = socket.socketpair()
     here.setblocking(False)
     there.settimeout(30)
-    return Messages(here), there
+    return Messages(here, PATIENCE_BYTES), there
 
 
 class Ears:
@@ -79,7 +81,7 @@ async def test_who_takes_nothing_is_not_heard_until_he_does() -> None:
         await asyncio.sleep(0)
     assert ears.heard == [b"at"]
     left = len(answer) + LENGTH.size
-    assert left > 2 * MOST_GOING_BYTES
+    assert left > 2 * PATIENCE_BYTES
     while left:
         left -= len(await asyncio.to_thread(there.recv, 1 << 20))
     assert await ears.count(2) == [b"at", b"more"]

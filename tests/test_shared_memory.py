@@ -379,9 +379,12 @@ async def test_more_slots_come_while_the_others_are_filled(nodes: Nodes) -> None
 
 async def test_a_store_says_what_is_filled_before_all_is(nodes: Nodes) -> None:
     """So that the node takes it meanwhile."""
-    server = await nodes.start()
+    server = await nodes.start(
+        memory={"capacity_bytes": 96 << 20, "slab_bytes": 4 << 20},
+        shared_memory={"client_fraction": 0.9, "memory_fraction": 0.9},
+    )
     client = await attach(nodes, server)
-    space = await client.open_space(descriptor_of())
+    space = await client.open_space(descriptor_of(1 << 20))
     keys = keys_of("chat", BLOCKS)
     assert await store(client, space, keys) == [True] * BLOCKS
     assert await served(server, "local_reserve") == 1

@@ -16,8 +16,10 @@ from kvstore_client.attached import Answer, Attached
 from kvstore_client.budgets import Deadline
 from kvstore_client.pieces import check_indexes
 
-SLICE_BYTES = 8 << 20
-"""So much is copied before others get their turn."""
+SLICE_BYTES = 16 << 20
+"""So much is copied before others get their turn: a millisecond and a half."""
+PART_BYTES = 16 << 20
+"""So much at least is committed at a time: a message costs as much as copying 2 MiB."""
 
 
 class Turns:
@@ -86,7 +88,7 @@ class _Filling:
         request = pb.LocalRequest(number=self._number, reserve=begin)
         slots = self._take(await self._attached.call(request, self._deadline))
         # A node that takes all slots at a time must not be told before all are filled.
-        part = max(len(slots.indexes) // 2, 1) if slots.in_parts else len(self._blocks)
+        part = self._part(len(slots.indexes)) if slots.in_parts else len(self._blocks)
         while self._empty or self._asked:
             await self._fill(part)
             if self._asked:
@@ -98,6 +100,10 @@ class _Filling:
         """Gives back the slots that are not committed."""
         if not self._over:
             self._attached.done(self._number)
+
+    def _part(self, slots: int) -> int:
+        """How many blocks are committed at a time, where there are so many slots."""
+        return max(slots // 2, PART_BYTES // len(self._blocks[0]), 1)
 
     async def _fill(self, part: int) -> None:
         filled = 0

@@ -14,19 +14,21 @@ from kvstore.api.local import LENGTH
 from kvstore.api.wire import MESSAGE_BYTES
 
 RECEIVE_BYTES = 1 << 18
-MOST_GOING_BYTES = 1 << 20
-"""While more than this waits to be taken by the other side, it is not heard either."""
 
 
 class Messages:
     """One end of a connection, whose socket must not block. Owns the socket from now on.
 
     `listen` has messages heard; `close`, or the other side, ends it. Use it in one event loop.
+
+    While more than `patience_bytes` wait to be taken by the other side, it is not heard either.
+    One of both ends must always hear: otherwise they may wait for each other.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, patience_bytes: int | None = None) -> None:
         self._connection = connection
         self._file = connection.fileno()
+        self._patience_bytes = patience_bytes
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._hear: Callable[[bytes], None] | None = None
@@ -91,7 +93,9 @@ class Messages:
 
     @property
     def _deaf(self) -> bool:
-        return self._paused or len(self._going) > MOST_GOING_BYTES
+        patience_bytes = self._patience_bytes
+        impatient = patience_bytes is not None and len(self._going) > patience_bytes
+        return self._paused or impatient
 
     def _attend(self) -> None:
         """Has the loop tell of what comes, or not."""
