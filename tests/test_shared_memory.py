@@ -20,7 +20,8 @@ from kvstore.api.local import HELLO, LENGTH, REFUSED, TICKET_BYTES
 from kvstore.api.messages import Messages
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import pack_keys
-from kvstore.local_calls import MAX_CALLS
+from kvstore.attachment import Attachment
+from kvstore.local_calls import MAX_CALLS, LocalCalls
 from kvstore.local_socket import LocalSocket
 from kvstore.server import NodeServer
 from kvstore.tenants import token_hash
@@ -469,20 +470,51 @@ async def test_more_calls_than_may_run_wait_unread(nodes: Nodes) -> None:
     server = await nodes.start()
     client = await attach(nodes, server)
     space = await client.open_space(descriptor_of())
-    link = attached(client)
-    asked = [
-        link.ask(
-            pb.LocalRequest(
-                number=link.number(),
-                acquire=pb.ReadRequest(space_id=space.space_id, keys=pack_keys(keys_of("no", 1))),
-            ),
-            patience(client),
-        )
-        for _ in range(2 * MAX_CALLS + 50)
-    ]
-    for answer in asked:
-        assert not (await link.reply(answer, patience(client))).status
-    await idle(server)
+    here, there = socket.socketpair()
+    for end in (here, there):
+        end.setblocking(False)
+    line, far = Messages(here), Messages(there)
+    calls = LocalCalls(
+        server.node, server.calls, Attachment(server.node.tiers, local(server)._room), None, line
+    )
+    answered: list[int] = []
+    listening = asyncio.create_task(
+        far.listen(lambda message: answered.append(pb.LocalReply.FromString(message).number))
+    )
+    read = pb.ReadRequest(space_id=space.space_id, keys=pack_keys(keys_of("nowhere", 1)))
+    count = MAX_CALLS + 50
+    for number in range(count):
+        far.say(pb.LocalRequest(number=number, acquire=read).SerializeToString())
+    serving = asyncio.create_task(line.listen(calls.take))
+    most = 0
+    while len(answered) < count:
+        most = max(most, calls._count)
+        await asyncio.sleep(0)
+    assert most == MAX_CALLS
+    assert sorted(answered) == list(range(count))
+    far.close()
+    await asyncio.gather(listening, serving, calls.end())
+
+
+async def test_a_run_of_which_one_block_had_no_room_is_not_all_placed(nodes: Nodes) -> None:
+    """Its writer hears that the last one is left, and tries another path."""
+    server = await nodes.start(
+        disk={"enabled": False}, leases={"memory_fraction": 0.9},
+        shared_memory={"memory_fraction": 0.9, "client_fraction": 0.9},
+    )  # fmt: skip
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of(FITTING))
+    keys = keys_of("all", 14)
+    assert await store(client, space, keys) == [True] * 14
+    for part in (keys[:7], keys[7:]):
+        await acquire(client, space, part)
+    more = keys_of("more", 3)
+    reply = await reserve(client, space, more)
+    assert list(reply.slots.indexes) == [0, 1]
+    fill(client, space, more, reply)
+    slots = (await commit(client, reply.number, 0)).slots
+    assert list(slots.held) == [0, 1]
+    assert slots.full
 
 
 WRITER = """
