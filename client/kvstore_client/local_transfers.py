@@ -18,7 +18,7 @@ from kvstore_client.pieces import check_indexes
 
 SLICE_BYTES = 16 << 20
 """So much is copied before others get their turn: a millisecond and a half."""
-PART_BYTES = 32 << 20
+PART_BYTES = 16 << 20
 """So much at least is committed at a time: a message costs as much as copying 2 MiB."""
 
 
