@@ -41,6 +41,8 @@ class Placing:
         """Slots for the next blocks that are wanted, `count` at most; fewer if memory is full."""
         offer = self._offer
         given: list[tuple[int, Slot]] = []
+        if self._left and not self._slots and not await offer.hold_parent(self._left[0]):
+            return given  # Room is not made by what they descend from; without it they are useless.
         for _ in range(min(count, len(self._left))):
             index = self._left[0]
             slot = await offer.tiers.reserve(offer.refs[index], offer.block_bytes)

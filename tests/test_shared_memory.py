@@ -444,7 +444,7 @@ class OldNode:
 
 async def test_a_node_that_takes_all_slots_at_once_is_told_when_all_are_filled() -> None:
     """An older one would take an empty slot for a block."""
-    size, files = 8192, [os.memfd_create("old")]
+    size, files = 8 << 20, [os.memfd_create("old")]
     os.ftruncate(files[0], 4 * size)
     files.append(os.dup(files[0]))
     pair = socket.socketpair()
@@ -454,9 +454,9 @@ async def test_a_node_that_takes_all_slots_at_once_is_told_when_all_are_filled()
     node = OldNode(there, MappedArena(files[0], 4 * size), size, window=4)
     serving = asyncio.create_task(there.listen(node.hear))
     link = Attached(MappedArena(files[1], 4 * size), here)
-    blocks = [bytes([number]) * size for number in range(10)]
-    held = [False] * 10
-    begin = pb.WriteBegin(keys=bytes(320))
+    blocks = [bytes([number]) * size for number in range(6)]
+    held = [False] * 6
+    begin = pb.WriteBegin(keys=bytes(6 * 32))
     views = [memoryview(bytearray(block)) for block in blocks]
     assert await place(link, begin, views, held, Deadline(SystemClock(), 60.0))
     assert node.taken == blocks
@@ -497,24 +497,24 @@ async def test_more_calls_than_may_run_wait_unread(nodes: Nodes) -> None:
 
 
 async def test_a_run_of_which_one_block_had_no_room_is_not_all_placed(nodes: Nodes) -> None:
-    """Its writer hears that the last one is left, and tries another path."""
-    server = await nodes.start(
-        disk={"enabled": False}, leases={"memory_fraction": 0.9},
-        shared_memory={"memory_fraction": 0.9, "client_fraction": 0.9},
-    )  # fmt: skip
+    """Its writer hears that the last one is left; no room is made for it by its own parent."""
+    server = await nodes.start(disk={"enabled": False}, leases={"memory_fraction": 0.9})
     client = await attach(nodes, server)
     space = await client.open_space(descriptor_of(FITTING))
     keys = keys_of("all", 14)
     assert await store(client, space, keys) == [True] * 14
-    for part in (keys[:7], keys[7:]):
-        await acquire(client, space, part)
+    match = await client.match([space], keys)
+    assert [run.leased for run in match.spaces[0]] == [True]
     more = keys_of("more", 3)
     reply = await reserve(client, space, more)
-    assert list(reply.slots.indexes) == [0, 1]
+    indexes, held, number = list(reply.slots.indexes), [0, 1], reply.number
+    assert indexes == held
     fill(client, space, more, reply)
-    slots = (await commit(client, reply.number, 0)).slots
-    assert list(slots.held) == [0, 1]
+    slots = (await commit(client, number, 0)).slots
+    assert list(slots.held) == held
     assert slots.full
+    assert (await client.match([space], more)).blocks == 2
+    await client.release(match)
 
 
 WRITER = """
