@@ -7,6 +7,7 @@ the end of his connection gives back what he holds.
 import asyncio
 import random
 from collections import deque
+from contextlib import suppress
 from itertools import count
 
 from kvstore.api.hint import ReuseHint
@@ -76,12 +77,13 @@ class Neighbours:
                     if empty:  # As clients do it: the node takes the others meanwhile.
                         await self._fill_next(empty, chain)
                         filled = 1
-                except asyncio.CancelledError:
-                    committing.cancel()
-                    raise
+                    slots, held, _ = await committing
                 finally:
-                    await asyncio.wait([committing])
-                slots, held, _ = committing.result()
+                    # As the node does it: nothing of a write goes on behind its end.
+                    while not committing.done():
+                        committing.cancel()
+                        with suppress(asyncio.CancelledError):
+                            await asyncio.wait([committing])
                 empty += slots
             return held
         finally:
