@@ -76,6 +76,7 @@ class Placing:
     def close(self) -> None:
         """Gives back the slots that were not committed."""
         self._offer.tiers.digests.go_on(self)
-        while self._slots:
-            self._offer.tiers.memory.abort(self._slots.popleft()[1])
+        slots, self._slots = self._slots, deque()
+        for _, slot in slots:
+            self._offer.tiers.memory.abort(slot)
         self._offer.close()
