@@ -8,16 +8,14 @@ client stays open until then, for its connection says to the node who holds what
 raises: what goes wrong is counted as ever, and ends the write or the read.
 """
 
-import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from kvstore.api.digest import DIGEST_BYTES
 from kvstore.api.errors import KvstoreError
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
-from kvstore_client.attached import Attached
+from kvstore_client.attached import Answer, Attached
 from kvstore_client.budgets import Deadline
 from kvstore_client.caller import Caller
 from kvstore_client.local_transfers import check_slots
@@ -113,7 +111,7 @@ class ReadInPlace:
         self._left = blocks
         self._deadline = deadline
         self._number = 0
-        self._following: asyncio.Task[pb.LocalReply] | None = None
+        self._following: Answer | None = None
         """The window after the last one: it comes while that one is copied."""
 
     async def step(self) -> list[GivenBlock]:
@@ -125,11 +123,7 @@ class ReadInPlace:
 
     async def end(self) -> None:
         """Gives everything back. Idempotent."""
-        following, self._following = self._following, None
-        if following is not None:
-            following.cancel()
-            with suppress(asyncio.CancelledError, KvstoreError, TimeoutError):
-                await following
+        self._following = None
         if self._number:
             self._attached.done(self._number)
             self._number = 0
@@ -140,7 +134,7 @@ class ReadInPlace:
             reply = await self._window()
             if not reply.blocks.last:
                 asking = pb.LocalRequest(number=self._number, next=pb.LocalNext())
-                self._following = asyncio.create_task(self._attached.call(asking, self._deadline))
+                self._following = self._attached.ask(asking, self._deadline)
             given = self._leading(reply.blocks.blocks)
             self._left -= len(given)
             if reply.blocks.last or len(given) < len(reply.blocks.blocks):
@@ -150,7 +144,7 @@ class ReadInPlace:
     async def _window(self) -> pb.LocalReply:
         following, self._following = self._following, None
         if following is not None:
-            return await following
+            return await self._attached.reply(following, self._deadline)
         self._number = self._attached.number()
         request = pb.LocalRequest(number=self._number, acquire=self._request)
         return await self._attached.call(request, self._deadline)
