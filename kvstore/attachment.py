@@ -54,10 +54,12 @@ class _Writing:
 class _Reading:
     """A read under way, and the windows that its reader may still be copying."""
 
-    def __init__(self, reading: Reading, share_bytes: int, window_bytes: int) -> None:
+    def __init__(
+        self, reading: Reading, share_bytes: int, first_bytes: int, window_bytes: int
+    ) -> None:
         self.reading = reading
         self.share_bytes = share_bytes
-        self.windows = reading.windows(window_bytes, min(FIRST_READ_BYTES, window_bytes))
+        self.windows = reading.windows(window_bytes, first_bytes)
         self.left: list[Want] = []
         """What of a window had no room yet."""
         self.held: list[list[Acquired]] = []
@@ -136,9 +138,11 @@ class Attachment:
         """The first window of a read, and whether it is the last."""
         self._check_new(number)
         share_bytes = self._tiers.memory.share_bytes(block_bytes)
-        # One window is copied while the next one is looked for.
-        window_bytes = min(READ_WINDOW_BYTES, self._room.client_bytes // 2)
-        self._reads[number] = _Reading(reading, share_bytes, window_bytes)
+        # One window is copied while the next one is looked for; large ones leave room beside them.
+        client_bytes = self._room.client_bytes
+        first_bytes = min(FIRST_READ_BYTES, client_bytes // 2)
+        window_bytes = min(READ_WINDOW_BYTES, max(first_bytes, client_bytes // 8))
+        self._reads[number] = _Reading(reading, share_bytes, first_bytes, window_bytes)
         return await self.next_window(number, left_s)
 
     async def next_window(

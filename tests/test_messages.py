@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from kvstore.api.local import LENGTH
-from kvstore.api.messages import Messages
+from kvstore.api.messages import MAX_GOING_BYTES, Messages
 from kvstore.api.wire import MESSAGE_BYTES
 
 PATIENCE_BYTES = 1 << 20
@@ -160,6 +160,24 @@ async def test_an_error_of_who_hears_ends_the_connection() -> None:
         with pytest.raises(KeyError):
             await here.listen(hear)
         assert there.recv(1) == b""
+
+
+async def test_who_hangs_does_not_fill_the_memory_of_one_without_patience() -> None:
+    """What he does not take is kept up to a limit; then the connection has ended."""
+    pair = socket.socketpair()
+    for end in pair:
+        end.setblocking(False)
+    messages = Messages(pair[0])
+    with pair[1], pytest.raises(OSError, match="not taken"):
+        async with asyncio.timeout(30):
+            listening = asyncio.create_task(messages.listen(lambda message: None))
+            await asyncio.sleep(0)
+            said = 0
+            while not messages.closed:
+                messages.say(bytes(MESSAGE_BYTES))
+                said += MESSAGE_BYTES
+            assert said <= MAX_GOING_BYTES + 2 * MESSAGE_BYTES
+            await listening
 
 
 def close(messages: Messages, listening: asyncio.Task[None]) -> None:

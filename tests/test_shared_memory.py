@@ -855,3 +855,31 @@ async def test_a_socket_that_a_killed_node_left_is_nobodys(nodes: Nodes) -> None
     twin = LocalSocket(path.parent, again.endpoint, again.node, again.calls, local(again)._room)
     with pytest.raises(ConfigError, match="another node listens"):
         await twin.start()
+
+
+async def test_a_mute_node_is_waited_for_in_place_once() -> None:
+    """However many calls begin meanwhile: each would hold the loop up for another `PROMPT_MS`."""
+    size = 8192
+    file = os.memfd_create("mute")
+    os.ftruncate(file, size)
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    messages = Messages(here)
+    link = Attached(MappedArena(file, size), messages)
+    waits: list[int] = []
+    wait = messages.wait
+
+    def waiting(most_ms: int) -> None:
+        waits.append(most_ms)
+        wait(most_ms)
+
+    messages.wait = waiting  # type: ignore[method-assign]
+    deadline = Deadline(SystemClock(), 0.2)
+    with there:
+        asked = [
+            link.call(pb.LocalRequest(number=link.number(), next=pb.LocalNext()), deadline)
+            for _ in range(100)
+        ]
+        await asyncio.gather(*asked, return_exceptions=True)
+        await link.close()
+    assert len(waits) <= 1

@@ -88,13 +88,13 @@ class Attached:
 
     async def reply(self, answer: Answer, deadline: Deadline) -> pb.LocalReply:
         """The reply to a request. Raises TimeoutError, and KvstoreError as the node says."""
+        if not answer.done() and self._is_prompt:
+            self._messages.wait(PROMPT_MS)
+            self._is_prompt = answer.done()  # Else no other call waits in place for this node.
         if not answer.done():
             begun_s = self._loop.time()
-            if self._is_prompt:
-                self._messages.wait(PROMPT_MS)
-            if not answer.done():
-                async with asyncio.timeout(deadline.left_s()):
-                    await answer
+            async with asyncio.timeout(deadline.left_s()):
+                await answer
             self._is_prompt = self._loop.time() - begun_s < PROMPT_MS / 1000
         reply = answer.result()
         if reply is None:

@@ -14,6 +14,8 @@ from kvstore.api.local import LENGTH
 from kvstore.api.wire import MESSAGE_BYTES
 
 RECEIVE_BYTES = 1 << 18
+MAX_GOING_BYTES = 4 * MESSAGE_BYTES
+"""Of one without patience: past it the other side is taken for hung."""
 
 
 class Messages:
@@ -22,7 +24,8 @@ class Messages:
     `listen` has messages heard; `close`, or the other side, ends it. Use it in one event loop.
 
     While more than `patience_bytes` wait to be taken by the other side, it is not heard either.
-    One of both ends must always hear: otherwise they may wait for each other.
+    One of both ends must always hear: otherwise they may wait for each other. It hangs up instead
+    when `MAX_GOING_BYTES` wait.
     """
 
     def __init__(self, connection: socket.socket, patience_bytes: int | None = None) -> None:
@@ -69,6 +72,8 @@ class Messages:
                 return
             self._loop.add_writer(self._file, self._writable)
         self._going += packed
+        if self._patience_bytes is None and len(self._going) > MAX_GOING_BYTES:
+            self._end(OSError(f"{len(self._going)} bytes are not taken by the other side"))
         self._attend()
 
     def wait(self, most_ms: int) -> None:
