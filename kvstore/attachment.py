@@ -16,9 +16,11 @@ from kvstore.tiers.memory import Slot
 from kvstore.tiers.tiered import Acquired, Tiered, Want
 
 PLACE_WINDOW_BYTES = 128 << 20
-"""So much is reserved at a time: each window costs the writer a round trip."""
-READ_WINDOW_BYTES = 32 << 20
-"""So much is acquired at a time; the reader asks for the next window before he copies this one."""
+"""So much a write has reserved at a time; it gets more while it fills what it has."""
+FIRST_READ_BYTES = 32 << 20
+"""So much is acquired at first; the reader asks for the next window before he copies this one."""
+READ_WINDOW_BYTES = 128 << 20
+"""Each window is larger than the one before, up to this: each costs the reader a message."""
 
 
 class Room:
@@ -31,12 +33,12 @@ class Room:
 
 
 class Slots(NamedTuple):
-    """What a writer shall fill next, by its place in the run. None: the write is over."""
+    """What a writer shall fill next, by its place in the run. None, and none left: it is over."""
 
     slots: list[tuple[int, Slot]]
     held: list[int]
     full: bool
-    """Not all that was wanted could be placed."""
+    """It is over, and not all that was wanted could be placed."""
 
 
 @dataclass(slots=True)
@@ -46,16 +48,18 @@ class _Writing:
     placing: Placing
     share_bytes: int
     slots: int = 0
-    """How many it holds."""
+    """How many it holds, to be filled or committed."""
 
 
 class _Reading:
     """A read under way, and the windows that its reader may still be copying."""
 
-    def __init__(self, reading: Reading, share_bytes: int, window_bytes: int) -> None:
+    def __init__(
+        self, reading: Reading, share_bytes: int, first_bytes: int, window_bytes: int
+    ) -> None:
         self.reading = reading
         self.share_bytes = share_bytes
-        self.windows = reading.windows(window_bytes)
+        self.windows = reading.windows(window_bytes, first_bytes)
         self.left: list[Want] = []
         """What of a window had no room yet."""
         self.held: list[list[Acquired]] = []
@@ -85,14 +89,20 @@ class Attachment:
         self._writes[number] = _Writing(placing, share_bytes)
         return await self._more_slots(number)
 
-    async def commit(self, number: int) -> Slots:
-        """Takes what was written to the last slots; the next ones."""
+    async def commit(self, number: int, blocks: int = 0) -> Slots:
+        """Takes what was written to the first of the slots, or to all of them; the next ones.
+
+        Raises InvalidArgument for more blocks than were given slots.
+        """
         writing = self._writes.get(number)
         if writing is None:
             raise InvalidArgument(f"number: no write {number} is under way")
-        await writing.placing.commit()
-        self._give_back(writing.share_bytes * writing.slots)
-        writing.slots = 0
+        if blocks > writing.slots:
+            raise InvalidArgument(f"commit.blocks: {blocks} of {writing.slots} slots")
+        try:
+            await writing.placing.commit(blocks or writing.slots)
+        finally:
+            self._settle(writing)
         return await self._more_slots(number)
 
     async def _more_slots(self, number: int) -> Slots:
@@ -101,15 +111,24 @@ class Attachment:
         wanted = placing.left
         # Another write of this client finds room beside it.
         window_bytes = min(PLACE_WINDOW_BYTES, self._room.client_bytes // 2)
-        count = self._take(share_bytes, min(wanted, max(window_bytes // share_bytes, 1)))
-        writing.slots = count
-        slots = await placing.reserve(count) if count else []
-        self._give_back(share_bytes * (count - len(slots)))
-        writing.slots = len(slots)
-        if not slots:
+        window = max(window_bytes // share_bytes, 1)
+        count = self._take(share_bytes, min(wanted, window - writing.slots))
+        writing.slots += count
+        try:
+            slots = await placing.reserve(count) if count else []
+        finally:
+            self._settle(writing)
+        over = not writing.slots
+        if over:
             placing.finish()
             self.done(number)
-        return Slots(slots, placing.held, full=bool(wanted) and not slots)
+        return Slots(slots, placing.held, full=bool(wanted) and over)
+
+    def _settle(self, writing: _Writing) -> None:
+        """Gives back the room of slots that a write does not have, or not any more."""
+        unused = writing.slots - writing.placing.reserved
+        writing.slots -= unused
+        self._give_back(writing.share_bytes * unused)
 
     # Reading.
 
@@ -119,9 +138,11 @@ class Attachment:
         """The first window of a read, and whether it is the last."""
         self._check_new(number)
         share_bytes = self._tiers.memory.share_bytes(block_bytes)
-        # One window is copied while the next one is looked for.
-        window_bytes = min(READ_WINDOW_BYTES, self._room.client_bytes // 2)
-        self._reads[number] = _Reading(reading, share_bytes, window_bytes)
+        # One window is copied while the next one is looked for; large ones leave room beside them.
+        client_bytes = self._room.client_bytes
+        first_bytes = min(FIRST_READ_BYTES, client_bytes // 2)
+        window_bytes = min(READ_WINDOW_BYTES, max(first_bytes, client_bytes // 8))
+        self._reads[number] = _Reading(reading, share_bytes, first_bytes, window_bytes)
         return await self.next_window(number, left_s)
 
     async def next_window(

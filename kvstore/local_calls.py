@@ -4,8 +4,7 @@ They have the same limits, deadlines, errors and metrics as calls over gRPC.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -13,6 +12,7 @@ import grpc
 
 from kvstore.api.errors import InvalidArgument
 from kvstore.api.keys import KEY_BYTES
+from kvstore.api.messages import Messages
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import check_space_id, unpack_keys
 from kvstore.attachment import Attachment, Slots
@@ -22,7 +22,6 @@ from kvstore.placing import Placing
 from kvstore.requests import KEY_COST_BYTES, MAX_SCOPES, begin_offer, check_count
 from kvstore.tiers.tiered import Acquired
 
-Answer = Callable[[pb.LocalReply], Awaitable[None]]
 MAX_CALLS = 256
 """So many of one client may be under way; its next message waits unread."""
 
@@ -63,88 +62,105 @@ class LocalContext:
 
 
 class LocalCalls:
-    """Runs the calls of one client side by side, those of one read or write one at a time."""
+    """Runs the calls of one client side by side, those of one read or write one after the other."""
 
     def __init__(
-        self, node: Node, calls: Calls, attachment: Attachment, authorization: str | None
+        self,
+        node: Node,
+        calls: Calls,
+        attachment: Attachment,
+        authorization: str | None,
+        messages: Messages,
     ) -> None:
         self._node = node
         self._calls = calls
         self._attachment = attachment
         self._authorization = authorization
+        self._messages = messages
         self._peer = f"attached {id(attachment):x}"
-        self._running: dict[int, asyncio.Task[None]] = {}
-        self._room = asyncio.Semaphore(MAX_CALLS)
+        self._running: dict[int, list[asyncio.Task[None]]] = {}
+        self._count = 0
 
-    async def take(self, request: pb.LocalRequest, answer: Answer) -> None:
-        """Begins one call; waits while there are too many. Raises InvalidArgument for nonsense."""
+    def take(self, message: bytes) -> None:
+        """Begins one call; hears no more while there are too many. Raises DecodeError."""
+        request = pb.LocalRequest.FromString(message)
         number = request.number
-        before = self._running.get(number)
+        before = list(self._running.get(number, ()))
         if request.WhichOneof("call") == "done":
-            if before is not None:
-                before.cancel()
-                await asyncio.wait([before])
-            self._attachment.done(number)
-            return
-        if before is not None:  # Its answer is on its way, or the client is in a hurry.
-            await asyncio.wait([before])
-        await self._room.acquire()
-        task = asyncio.create_task(self._answered(request, answer))
-        self._running[number] = task
+            for task in before:  # Their answers are on their way, or the client is in a hurry.
+                task.cancel()
+            if not before:
+                self._attachment.done(number)
+                return
+        task = asyncio.create_task(self._in_turn(request, before))
+        self._running.setdefault(number, []).append(task)
         task.add_done_callback(partial(self._over, number))
+        self._count += 1
+        if self._count >= MAX_CALLS:
+            self._messages.pause()
 
     async def end(self) -> None:
         """Ends what runs."""
-        running = list(self._running.values())
+        running = [task for tasks in self._running.values() for task in tasks]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
     def _over(self, number: int, task: asyncio.Task[None]) -> None:
-        if self._running.get(number) is task:
+        self._running[number].remove(task)
+        if not self._running[number]:
             del self._running[number]
-        self._room.release()
+        self._count -= 1
+        if self._count == MAX_CALLS - 1:
+            self._messages.resume()
 
-    async def _answered(self, request: pb.LocalRequest, answer: Answer) -> None:
-        reply = pb.LocalReply(number=request.number)
-        try:
-            await self._fill(request, reply)
-        except Refused as refused:
-            self._give_up(request)
-            reply = pb.LocalReply(
-                number=request.number, status=refused.status, details=refused.details
-            )
-        except Exception:  # noqa: BLE001
-            self._give_up(request)  # Logged where it was met.
-            reply = pb.LocalReply(
-                number=request.number, status=grpc.StatusCode.UNKNOWN.value[0], details="failed"
-            )
-        with suppress(OSError):  # Who has hung up hears of nothing.
-            await answer(reply)
-
-    def _give_up(self, request: pb.LocalRequest) -> None:
-        """Takes back what the call concerns, unless its client may still be copying from it.
-
-        Who asks for the next window copies the last one meanwhile; he says himself when he is done.
-        """
-        if request.WhichOneof("call") != "next":
+    async def _in_turn(self, request: pb.LocalRequest, before: list[asyncio.Task[None]]) -> None:
+        if before:
+            await asyncio.wait(before)
+        if request.WhichOneof("call") == "done":
             self._attachment.done(request.number)
+        else:
+            await self._answered(request)
 
-    async def _fill(self, request: pb.LocalRequest, reply: pb.LocalReply) -> None:
+    async def _answered(self, request: pb.LocalRequest) -> None:
         call_name = request.WhichOneof("call") or ""
         context: Any = LocalContext(self._authorization, self._peer, request.budget_ms)
-        async with self._calls.call(f"local_{call_name}", context) as call:
-            if call_name == "reserve":
-                _put_slots(reply, await self._reserve(call, request))
-            elif call_name == "commit":
-                _put_slots(reply, await self._attachment.commit(request.number))
-            elif call_name == "acquire":
-                await self._acquire(call, request, reply)
-            elif call_name == "next":
-                given, last = await self._attachment.next_window(request.number, call.left_s)
-                self._put_blocks(request.number, reply, given, last)
-            else:
-                raise InvalidArgument("call: this node does not know it; is the client newer?")
+        try:
+            async with self._calls.call(f"local_{call_name}", context) as call:
+                reply = pb.LocalReply(number=request.number)
+                await self._fill(call, request, reply)
+                # Within the call: what is still to be counted of it is counted behind the answer.
+                self._messages.say(reply.SerializeToString())
+            return
+        except Refused as refused:
+            status, details = refused.status, refused.details
+        except Exception:  # noqa: BLE001
+            status, details = grpc.StatusCode.UNKNOWN.value[0], "failed"  # Logged where it was met.
+        self._give_up(request)
+        refusal = pb.LocalReply(number=request.number, status=status, details=details)
+        self._messages.say(refusal.SerializeToString())
+
+    def _give_up(self, request: pb.LocalRequest) -> None:
+        """Takes back what a read or write has that could not begin.
+
+        Of one that had begun its client may still be copying; he says himself when he is done.
+        """
+        if request.WhichOneof("call") in ("reserve", "acquire"):
+            self._attachment.done(request.number)
+
+    async def _fill(self, call: Call, request: pb.LocalRequest, reply: pb.LocalReply) -> None:
+        number, kind = request.number, request.WhichOneof("call")
+        if kind == "reserve":
+            _put_slots(reply, await self._reserve(call, request))
+        elif kind == "commit":
+            _put_slots(reply, await self._attachment.commit(number, request.commit.blocks))
+        elif kind == "acquire":
+            await self._acquire(call, request, reply)
+        elif kind == "next":
+            given, last = await self._attachment.next_window(number, call.left_s)
+            self._put_blocks(number, reply, given, last)
+        else:
+            raise InvalidArgument("call: this node does not know it; is the client newer?")
 
     async def _reserve(self, call: Call, request: pb.LocalRequest) -> Slots:
         begin = request.reserve
@@ -186,6 +202,6 @@ class LocalCalls:
 def _put_slots(reply: pb.LocalReply, slots: Slots) -> None:
     reply.slots.held.extend(slots.held)
     reply.slots.full = slots.full
-    for index, slot in slots.slots:
-        reply.slots.indexes.append(index)
-        reply.slots.offsets.append(slot.offset)
+    reply.slots.in_parts = True
+    reply.slots.indexes.extend([index for index, _ in slots.slots])
+    reply.slots.offsets.extend([slot.offset for _, slot in slots.slots])

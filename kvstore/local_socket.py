@@ -16,10 +16,10 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from kvstore.api.errors import ConfigError, InvalidArgument, ResourceExhausted
-from kvstore.api.local import HELLO, LENGTH, REFUSED, TICKET_BYTES, WELCOME
+from kvstore.api.errors import ConfigError, ResourceExhausted
+from kvstore.api.local import HELLO, REFUSED, TICKET_BYTES, WELCOME
+from kvstore.api.messages import Messages
 from kvstore.api.v1 import kvstore_pb2 as pb
-from kvstore.api.wire import MESSAGE_BYTES
 from kvstore.attachment import Attachment, Room
 from kvstore.calls import Calls
 from kvstore.local_calls import LocalCalls
@@ -32,6 +32,8 @@ TICKET_S = 10.0
 HELLO_S = 5.0
 MAX_CLIENTS = 1024
 BACKLOG = 128
+PATIENCE_BYTES = 1 << 20
+"""Who leaves more than this of what he is answered has nothing more heard."""
 _PEER = struct.Struct("<iII")
 """Process, user and group of the other side, as the kernel tells them."""
 LONGEST_PATH_BYTES = 107
@@ -107,20 +109,18 @@ class LocalSocket:
         if ticket is None:
             connection.close()
             return
-        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=MESSAGE_BYTES)
+        messages = Messages(connection, PATIENCE_BYTES)
         attachment = Attachment(self._node.tiers, self._room)
-        calls = LocalCalls(self._node, self._calls, attachment, ticket.authorization)
+        calls = LocalCalls(self._node, self._calls, attachment, ticket.authorization, messages)
         try:
-            await _converse(reader, writer, calls)
-        except (OSError, asyncio.IncompleteReadError, InvalidArgument, DecodeError) as error:
-            if not isinstance(error, asyncio.IncompleteReadError) or error.partial:
-                _log.warning("a client on this host was cut off: %s", error)
+            await messages.listen(calls.take)
+        except (OSError, ValueError, DecodeError) as error:
+            _log.warning("a client on this host was cut off: %s", error)
         finally:
             try:
                 await calls.end()
             finally:
                 attachment.end()
-                writer.close()
 
     async def _hello(self, connection: socket.socket) -> Ticket | None:
         """Lets the bearer of a ticket in; None for anybody else."""
@@ -138,24 +138,6 @@ class LocalSocket:
         arena = self._node.tiers.memory.arena
         socket.send_fds(connection, [HELLO.pack(WELCOME, arena.capacity_bytes)], [arena.file])
         return ticket
-
-
-async def _converse(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, calls: LocalCalls
-) -> None:
-    """Takes messages until the client hangs up, which ends in IncompleteReadError."""
-
-    async def answer(reply: pb.LocalReply) -> None:
-        packed = reply.SerializeToString()
-        writer.write(LENGTH.pack(len(packed)) + packed)
-        await writer.drain()
-
-    while True:
-        [length] = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-        if length > MESSAGE_BYTES:
-            raise InvalidArgument(f"a message of {length} bytes; at most {MESSAGE_BYTES} are taken")
-        request = pb.LocalRequest.FromString(await reader.readexactly(length))
-        await calls.take(request, answer)
 
 
 def _is_ours(connection: socket.socket) -> bool:

@@ -327,6 +327,7 @@ class Node:
         await self._catch_up()
         rooted, *wanted = await self._wanted(parents[0], refs)
         self.tiers.memory.expect(self._use(tenant, descriptor, refs, hint))
+        self._settle_later()  # The bytes take longer to come: then nothing is left for the commit.
         return Offer(
             self.tiers, space_id, descriptor.block_bytes, refs,
             parents=parents, wanted=wanted, rooted=rooted,

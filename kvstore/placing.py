@@ -15,7 +15,7 @@ class Placing:
     def __init__(self, offer: Offer) -> None:
         self._offer = offer
         self._left = deque(offer.wanted)
-        self._slots: list[tuple[int, Slot]] = []
+        self._slots: deque[tuple[int, Slot]] = deque()
 
     @property
     def block_bytes(self) -> int:
@@ -32,27 +32,36 @@ class Placing:
         """How many blocks are wanted that got no slot yet."""
         return len(self._left)
 
+    @property
+    def reserved(self) -> int:
+        """How many slots are neither committed nor given back."""
+        return len(self._slots)
+
     async def reserve(self, count: int) -> list[tuple[int, Slot]]:
         """Slots for the next blocks that are wanted, `count` at most; fewer if memory is full."""
-        assert not self._slots, "the last ones are neither committed nor given back"
         offer = self._offer
+        given: list[tuple[int, Slot]] = []
+        if self._left and not self._slots and not await offer.hold_parent(self._left[0]):
+            return given  # Room is not made by what they descend from; without it they are useless.
         for _ in range(min(count, len(self._left))):
-            index = self._left.popleft()
+            index = self._left[0]
             slot = await offer.tiers.reserve(offer.refs[index], offer.block_bytes)
             if slot is None:
                 break
+            self._left.popleft()
+            given.append((index, slot))
             self._slots.append((index, slot))
-        if self._slots:
+        if given:
             offer.tiers.digests.give_way(self)
-        return self._slots
+        return given
 
-    async def commit(self) -> None:
-        """Takes the blocks that were written to the slots of the last `reserve`."""
+    async def commit(self, blocks: int) -> None:
+        """Takes the first blocks of those that have slots; they are filled."""
         offer = self._offer
-        while self._slots:
+        for _ in range(blocks):
             index, slot = self._slots[0]
             above = await offer.hold_parent(index)
-            del self._slots[0]
+            self._slots.popleft()
             if not above:
                 offer.tiers.memory.abort(slot)
             elif offer.commit(index, slot, b"") is slot:
@@ -67,7 +76,7 @@ class Placing:
     def close(self) -> None:
         """Gives back the slots that were not committed."""
         self._offer.tiers.digests.go_on(self)
-        slots, self._slots = self._slots, []
+        slots, self._slots = self._slots, deque()
         for _, slot in slots:
             self._offer.tiers.memory.abort(slot)
         self._offer.close()

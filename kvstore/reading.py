@@ -91,15 +91,17 @@ class Reading:
         self._gathered += len(window)
         return Gathered(self._tiers, blocks, held.values())
 
-    def windows(self, window_bytes: int) -> Iterator[list[Want]]:
-        """The blocks in order, about so many bytes at a time, for `pin`."""
-        return windows(self._wants, window_bytes)
+    def windows(self, most_bytes: int, first_bytes: int | None = None) -> Iterator[list[Want]]:
+        """The blocks in order, about so many bytes at a time or fewer at first, for `pin`."""
+        return windows(self._wants, most_bytes, first_bytes)
 
     async def pin(self, window: list[Want], left_s: float) -> list[Acquired | None]:
         """The blocks of a window that come to lie in memory in time; the caller releases them.
 
         For who reads the arena himself: what could only be lent is not in it.
         """
+        if at_once := self._tiers.pin_all(window):
+            return list(at_once)
         try:
             async with within(max(left_s, 0.0)):
                 held = await self._hold(window)
@@ -184,9 +186,18 @@ def window_bytes(block_bytes: int) -> int:
     return max(READ_WINDOW_BYTES - READ_WINDOW_BYTES % block_bytes, block_bytes)
 
 
-def windows(wants: list[Want], most_bytes: int = READ_WINDOW_BYTES) -> Iterator[list[Want]]:
-    """The blocks in pieces of about `most_bytes`, so that a read pins few at a time."""
+def windows(
+    wants: list[Want], most_bytes: int = READ_WINDOW_BYTES, first_bytes: int | None = None
+) -> Iterator[list[Want]]:
+    """The blocks in pieces of about `most_bytes`, so that a read pins few at a time.
+
+    With `first_bytes` the first one has about so much, and each twice as much as the one before.
+    """
     largest = max((want.size for want in wants), default=1)
-    step = max(most_bytes // largest, 1)
-    for start in range(0, len(wants), step):
+    most = max(most_bytes // largest, 1)
+    step = most if first_bytes is None else max(first_bytes // largest, 1)
+    start = 0
+    while start < len(wants):
         yield wants[start : start + step]
+        start += step
+        step = min(2 * step, most)

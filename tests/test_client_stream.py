@@ -187,7 +187,7 @@ async def test_what_shared_memory_brought_is_not_streamed_again(nodes: Nodes) ->
         owner.hear(loaded)
         tiers.append(loaded.tier)
         if owner.told == 3:
-            attached._writer.close()
+            attached._messages.close()
 
     assert len(await client.load(space, keys, into, on_loaded=hear)) == BLOCKS == owner.told
     owner.check()

@@ -1,8 +1,10 @@
 """Callers who copy blocks from and to the node's arena themselves."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Coroutine, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +88,48 @@ async def check_idle(server: NodeServer) -> None:
     assert server._local._room.held_bytes == 0
     await quiet(server.node.tiers)
     check_node(server)
+
+
+async def cancelled(step: Coroutine[Any, Any, Any]) -> None:
+    """A step that is cancelled when it has said what it wants, and waits for the answer."""
+    task = asyncio.create_task(step)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_slots_that_nobody_filled_are_not_committed(nodes: Nodes) -> None:
+    """A cancelled commit named more slots; the caller has never heard of them: it is over."""
+    server = await nodes.start(
+        shared_memory={"client_fraction": 0.1}, memory={"capacity_bytes": 2 << 20}
+    )
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", BLOCKS)
+    write = await writing(client, space, keys, [False] * BLOCKS)
+    slots = await write.step()
+    assert 0 < len(slots) < BLOCKS
+    fill(space, keys, slots)
+    await cancelled(write.step())
+    assert await write.step() == []
+    await load(client, space, keys)  # Compares each block that comes.
+    await check_idle(server)
+
+
+async def test_a_read_is_over_when_a_step_is_cancelled(nodes: Nodes) -> None:
+    """It does not begin anew, as if its first blocks came next; and nothing stays held."""
+    server = await nodes.start(memory={"capacity_bytes": 16 << 20})
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", BLOCKS)
+    await write_all(client, space, keys)
+    assert server._local is not None
+    server._local._room.client_bytes = 8 * 8192 * 2
+    read = await reading(client, space, keys)
+    assert 0 < len(await read.step()) < BLOCKS
+    await cancelled(read.step())
+    assert await read.step() == []
+    await load(client, space, NOWHERE)
+    await check_idle(server)
 
 
 async def test_what_was_written_in_place_is_read_by_everybody(nodes: Nodes) -> None:

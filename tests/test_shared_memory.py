@@ -14,17 +14,23 @@ from typing import Any
 
 import pytest
 
+from kvstore.api.clock import SystemClock
 from kvstore.api.errors import ConfigError, KvstoreError, Unavailable
 from kvstore.api.local import HELLO, LENGTH, REFUSED, TICKET_BYTES
+from kvstore.api.messages import Messages
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import pack_keys
+from kvstore.attachment import Attachment
+from kvstore.local_calls import MAX_CALLS, LocalCalls
 from kvstore.local_socket import LocalSocket
 from kvstore.server import NodeServer
 from kvstore.tenants import token_hash
 from kvstore_client import AsyncClient, Space
+from kvstore_client.arena import MappedArena
 from kvstore_client.attached import Attached
 from kvstore_client.budgets import Deadline
 from kvstore_client.caller import Caller
+from kvstore_client.local_transfers import place
 from tests.sim.blocks import keys_of
 from tests.sim.nodes import (
     PATIENT,
@@ -76,6 +82,18 @@ async def served(server: NodeServer, op: str) -> float:
     """How many calls of a kind succeeded; those that have their answer are over by then."""
     assert await server.calls.finished(60.0)
     return counter(server, "requests", op=op, status="ok")
+
+
+async def commit(client: AsyncClient, number: int, blocks: int) -> pb.LocalReply:
+    """Says that the first of a write's slots are filled."""
+    request = pb.LocalRequest(number=number, commit=pb.LocalCommit(blocks=blocks))
+    return await attached(client).call(request, patience(client))
+
+
+def fill(client: AsyncClient, space: Space, keys: list[bytes], reply: pb.LocalReply) -> None:
+    """Writes to all slots of a reply what belongs there."""
+    for index, offset in zip(reply.slots.indexes, reply.slots.offsets, strict=True):
+        attached(client).arena.write(offset, memoryview(bytearray(expected(space, keys[index]))))
 
 
 async def idle(server: NodeServer) -> None:
@@ -257,7 +275,7 @@ async def test_a_client_that_hangs_up_copies_no_more(
     def hang_up(offset: int, block: memoryview) -> None:
         copied.append(offset)
         copy(offset, block)
-        link._writer.close()
+        link._messages.close()
 
     link.arena.write = link.arena.read = hang_up  # type: ignore[assignment, method-assign]
     await moving(client, space, keys)
@@ -314,21 +332,210 @@ async def test_an_arena_full_of_leases_refuses_without_an_error(nodes: Nodes) ->
     assert not client.counters
 
 
+async def test_slots_are_committed_in_parts(nodes: Nodes) -> None:
+    """The others stay the writer's: nobody finds them before he says that they are filled."""
+    server = await nodes.start(bulk={"enabled": False})
+    client, other = await attach(nodes, server), await attach(nodes, server)
+    space = await client.open_space(descriptor_of())
+    keys = keys_of("parts", 8)
+    reply = await reserve(client, space, keys)
+    assert reply.slots.in_parts
+    assert list(reply.slots.indexes) == list(range(8))
+    fill(client, space, keys, reply)
+    part = await commit(client, reply.number, 3)
+    assert list(part.slots.held) == [0, 1, 2]
+    assert not part.slots.indexes
+    assert not part.slots.full
+    assert (await other.match([space], keys)).blocks == 3
+    with pytest.raises(KvstoreError, match=r"commit\.blocks: 6 of 5"):
+        await commit(client, reply.number, 6)
+    assert list((await commit(client, reply.number, 0)).slots.held) == list(range(8))
+    assert local(server)._room.held_bytes == 0
+    assert await load(other, space, keys) == ["memory"] * 8
+    await idle(server)
+
+
+async def test_more_slots_come_while_the_others_are_filled(nodes: Nodes) -> None:
+    """Of what one client may hold at most half is one write's, however many messages it takes."""
+    server = await nodes.start(
+        shared_memory={"client_fraction": 0.1}, memory={"capacity_bytes": 2 << 20}
+    )
+    client, other = await attach(nodes, server), await attach(nodes, server)
+    space = await client.open_space(descriptor_of())
+    keys = keys_of("long", BLOCKS)
+    reply = await reserve(client, space, keys)
+    window = len(reply.slots.indexes)
+    assert 4 <= window <= 0.05 * (2 << 20) / 8192
+    number, given = reply.number, 0
+    while reply.slots.indexes:
+        fill(client, space, keys, reply)
+        given += len(reply.slots.indexes)
+        assert local(server)._room.held_bytes <= 0.05 * (2 << 20)
+        reply = await commit(client, number, min(2, BLOCKS - given + window))
+    assert given == BLOCKS
+    assert list((await commit(client, number, 0)).slots.held) == list(range(BLOCKS))
+    assert await load(other, space, keys) == ["memory"] * BLOCKS
+    await idle(server)
+
+
+async def test_a_store_says_what_is_filled_before_all_is(nodes: Nodes) -> None:
+    """So that the node takes it meanwhile."""
+    server = await nodes.start(
+        memory={"capacity_bytes": 96 << 20, "slab_bytes": 4 << 20},
+        shared_memory={"client_fraction": 0.9, "memory_fraction": 0.9},
+    )
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of(1 << 20))
+    keys = keys_of("chat", BLOCKS)
+    assert await store(client, space, keys) == [True] * BLOCKS
+    assert await served(server, "local_reserve") == 1
+    assert await served(server, "local_commit") == 2
+    assert await load(client, space, keys) == ["memory"] * BLOCKS
+
+
+async def test_slots_that_are_being_filled_outlive_a_refused_commit(nodes: Nodes) -> None:
+    """Their writer fills the others meanwhile; only he knows when that is over."""
+    server = await nodes.start()
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of())
+    reply = await reserve(client, space, keys_of("chat", 8))
+    held_bytes = local(server)._room.held_bytes
+    assert held_bytes
+    server.calls.drain()
+    with pytest.raises(Unavailable):
+        await commit(client, reply.number, 4)
+    assert local(server)._room.held_bytes == held_bytes
+    await client.close()
+    await gone(server)
+    assert local(server)._room.held_bytes == 0
+
+
+class OldNode:
+    """Speaks as nodes did whose every commit takes all slots that they have given."""
+
+    def __init__(self, messages: Messages, arena: MappedArena, size: int, window: int) -> None:
+        self._messages = messages
+        self._arena = arena
+        self._size = size
+        self._window = window
+        self._blocks = 0
+        self._given = 0
+        self.taken: list[bytes] = []
+
+    def hear(self, message: bytes) -> None:
+        request = pb.LocalRequest.FromString(message)
+        if request.HasField("reserve"):
+            self._blocks = len(request.reserve.keys) // 32
+        elif not request.HasField("commit"):
+            return
+        for index in range(len(self.taken), self._given):
+            start = index % self._window * self._size
+            self.taken.append(bytes(self._arena.view(start, self._size)))
+        indexes = range(self._given, min(self._given + self._window, self._blocks))
+        self._given = indexes.stop
+        slots = pb.LocalSlots(
+            indexes=indexes,
+            offsets=[index % self._window * self._size for index in indexes],
+            held=range(len(self.taken)),
+        )
+        reply = pb.LocalReply(number=request.number, slots=slots)
+        self._messages.say(reply.SerializeToString())
+
+
+async def test_a_node_that_takes_all_slots_at_once_is_told_when_all_are_filled() -> None:
+    """An older one would take an empty slot for a block."""
+    size, files = 8 << 20, [os.memfd_create("old")]
+    os.ftruncate(files[0], 4 * size)
+    files.append(os.dup(files[0]))
+    pair = socket.socketpair()
+    for end in pair:
+        end.setblocking(False)
+    here, there = (Messages(end) for end in pair)
+    node = OldNode(there, MappedArena(files[0], 4 * size), size, window=4)
+    serving = asyncio.create_task(there.listen(node.hear))
+    link = Attached(MappedArena(files[1], 4 * size), here)
+    blocks = [bytes([number]) * size for number in range(6)]
+    held = [False] * 6
+    begin = pb.WriteBegin(keys=bytes(6 * 32))
+    views = [memoryview(bytearray(block)) for block in blocks]
+    assert await place(link, begin, views, held, Deadline(SystemClock(), 60.0))
+    assert node.taken == blocks
+    assert all(held)
+    await link.close()
+    await serving
+
+
+async def test_more_calls_than_may_run_wait_unread(nodes: Nodes) -> None:
+    """Each of them is answered in the end."""
+    server = await nodes.start()
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of())
+    here, there = socket.socketpair()
+    for end in (here, there):
+        end.setblocking(False)
+    line, far = Messages(here), Messages(there)
+    calls = LocalCalls(
+        server.node, server.calls, Attachment(server.node.tiers, local(server)._room), None, line
+    )
+    answered: list[int] = []
+    listening = asyncio.create_task(
+        far.listen(lambda message: answered.append(pb.LocalReply.FromString(message).number))
+    )
+    read = pb.ReadRequest(space_id=space.space_id, keys=pack_keys(keys_of("nowhere", 1)))
+    count = MAX_CALLS + 50
+    for number in range(count):
+        far.say(pb.LocalRequest(number=number, acquire=read).SerializeToString())
+    serving = asyncio.create_task(line.listen(calls.take))
+    most = 0
+    while len(answered) < count:
+        most = max(most, calls._count)
+        await asyncio.sleep(0)
+    assert most == MAX_CALLS
+    assert sorted(answered) == list(range(count))
+    far.close()
+    await asyncio.gather(listening, serving, calls.end())
+
+
+async def test_a_run_of_which_one_block_had_no_room_is_not_all_placed(nodes: Nodes) -> None:
+    """Its writer hears that the last one is left; no room is made for it by its own parent."""
+    server = await nodes.start(disk={"enabled": False}, leases={"memory_fraction": 0.9})
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of(FITTING))
+    keys = keys_of("all", 14)
+    assert await store(client, space, keys) == [True] * 14
+    match = await client.match([space], keys)
+    assert [run.leased for run in match.spaces[0]] == [True]
+    more = keys_of("more", 3)
+    reply = await reserve(client, space, more)
+    indexes, held, number = list(reply.slots.indexes), [0, 1], reply.number
+    assert indexes == held
+    fill(client, space, more, reply)
+    slots = (await commit(client, number, 0)).slots
+    assert list(slots.held) == held
+    assert slots.full
+    assert (await client.match([space], more)).blocks == 2
+    await client.release(match)
+
+
 WRITER = """
 import asyncio, sys
 from kvstore_client import AsyncClient
 from tests.sim.nodes import descriptor_of
 from tests.sim.blocks import keys_of
 from tests.sim.rig import quiet
-from tests.test_shared_memory import acquire, reserve
+from tests.test_shared_memory import acquire, commit, fill, reserve
 from tests.sim.nodes import PATIENT, store
 
 async def main():
     client = AsyncClient(sys.argv[1], budgets=PATIENT)
     space = await client.open_space(descriptor_of())
     await store(client, space, keys_of("read", 4))
-    reply = await reserve(client, space, keys_of("half written", 8))
+    keys = keys_of("half written", 8)
+    reply = await reserve(client, space, keys)
     assert len(reply.slots.indexes) == 8
+    if sys.argv[2] == "some":
+        fill(client, space, keys, reply)
+        await commit(client, reply.number, 3)
     reply = await acquire(client, space, keys_of("read", 4))
     assert sum(block.here for block in reply.blocks.blocks) == 4
     print("holding", flush=True)
@@ -338,11 +545,17 @@ asyncio.run(main())
 """
 
 
-async def test_a_writer_killed_between_reserve_and_commit_leaves_nothing(nodes: Nodes) -> None:
-    """His slots, and what he was reading, come back when the kernel ends his connection."""
+@pytest.mark.parametrize(("committed", "count"), [("none", 0), ("some", 3)])
+async def test_a_writer_killed_between_reserve_and_commit_leaves_nothing(
+    nodes: Nodes, committed: str, count: int
+) -> None:
+    """His slots, and what he was reading, come back when the kernel ends his connection.
+
+    What he had committed by then stays.
+    """
     server = await nodes.start()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", WRITER, server.endpoint, stdout=subprocess.PIPE
+        sys.executable, "-c", WRITER, server.endpoint, committed, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     assert await process.stdout.readline() == b"holding\n"
@@ -352,7 +565,11 @@ async def test_a_writer_killed_between_reserve_and_commit_leaves_nothing(nodes: 
     await process.wait()
     await gone(server)
     assert local(server)._room.held_bytes == 0
-    assert server.node.tiers.memory.usage()[0].used_bytes == used_bytes - 8 * 8192
+    assert server.node.tiers.memory.usage()[0].used_bytes == used_bytes - (8 - count) * 8192
+    client = await attach(nodes, server)
+    space = await client.open_space(descriptor_of())
+    assert (await client.match([space], keys_of("half written", 8))).blocks == count
+    assert await load(client, space, keys_of("half written", 8)[:count]) == ["memory"] * count
     await idle(server)
 
 
@@ -527,8 +744,9 @@ async def test_nonsense_ends_the_connection_and_nothing_else(nodes: Nodes, nonse
     client, other = await attach(nodes, server), await attach(nodes, server)
     space = await client.open_space(descriptor_of())
     await reserve(client, space, keys_of("held", 8))
-    attached(client)._writer.write(nonsense)
-    attached(client)._writer.write_eof()
+    connection = attached(client)._messages._connection
+    connection.sendall(nonsense)
+    connection.shutdown(socket.SHUT_WR)
     await gone_of(server, 1)
     assert local(server)._room.held_bytes == 0
     assert await store(other, space, keys_of("chat", BLOCKS)) == [True] * BLOCKS
@@ -637,3 +855,31 @@ async def test_a_socket_that_a_killed_node_left_is_nobodys(nodes: Nodes) -> None
     twin = LocalSocket(path.parent, again.endpoint, again.node, again.calls, local(again)._room)
     with pytest.raises(ConfigError, match="another node listens"):
         await twin.start()
+
+
+async def test_a_mute_node_is_waited_for_in_place_once() -> None:
+    """However many calls begin meanwhile: each would hold the loop up for another `PROMPT_MS`."""
+    size = 8192
+    file = os.memfd_create("mute")
+    os.ftruncate(file, size)
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    messages = Messages(here)
+    link = Attached(MappedArena(file, size), messages)
+    waits: list[int] = []
+    wait = messages.wait
+
+    def waiting(most_ms: int) -> None:
+        waits.append(most_ms)
+        wait(most_ms)
+
+    messages.wait = waiting  # type: ignore[method-assign]
+    deadline = Deadline(SystemClock(), 0.2)
+    with there:
+        asked = [
+            link.call(pb.LocalRequest(number=link.number(), next=pb.LocalNext()), deadline)
+            for _ in range(100)
+        ]
+        await asyncio.gather(*asked, return_exceptions=True)
+        await link.close()
+    assert len(waits) <= 1

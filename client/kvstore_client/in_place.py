@@ -8,16 +8,14 @@ client stays open until then, for its connection says to the node who holds what
 raises: what goes wrong is counted as ever, and ends the write or the read.
 """
 
-import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from kvstore.api.digest import DIGEST_BYTES
 from kvstore.api.errors import KvstoreError
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
-from kvstore_client.attached import Attached
+from kvstore_client.attached import Answer, Attached
 from kvstore_client.budgets import Deadline
 from kvstore_client.caller import Caller
 from kvstore_client.local_transfers import check_slots
@@ -61,17 +59,29 @@ class WriteInPlace:
         self._deadline = deadline
         self._number = 0
         """Of what is under way; 0: nothing is."""
+        self._given = 0
+        """Slots of the last step: so many are committed, whatever the node has reserved since."""
+        self._over = False
 
     async def step(self) -> list[EmptySlot]:
-        """Commits the slots of the last step; the next ones, none at the end."""
-        ask = self._commit if self._number else self._reserve
-        slots = await self._caller.quietly("store", ask, self._deadline, [self._space])
-        if not slots:
-            await self.end()
+        """Commits the slots of the last step; the next ones, none at the end.
+
+        A step that is cancelled ends the write: nobody has heard which slots were to be filled.
+        """
+        slots: list[EmptySlot] | None = None
+        try:
+            if not self._over:
+                ask = self._commit if self._number else self._reserve
+                slots = await self._caller.quietly("store", ask, self._deadline, [self._space])
+        finally:
+            if not slots:
+                await self.end()
+        self._given = len(slots or [])
         return slots or []
 
     async def end(self) -> None:
         """Gives back what was not committed. Idempotent."""
+        self._over = True
         if self._number:
             self._attached.done(self._number)
             self._number = 0
@@ -82,7 +92,8 @@ class WriteInPlace:
         return await self._call(pb.LocalRequest(number=self._number, reserve=self._begin))
 
     async def _commit(self) -> list[EmptySlot]:
-        return await self._call(pb.LocalRequest(number=self._number, commit=pb.LocalCommit()))
+        commit = pb.LocalCommit(blocks=self._given)
+        return await self._call(pb.LocalRequest(number=self._number, commit=commit))
 
     async def _call(self, request: pb.LocalRequest) -> list[EmptySlot]:
         slots = (await self._attached.call(request, self._deadline)).slots
@@ -113,23 +124,30 @@ class ReadInPlace:
         self._left = blocks
         self._deadline = deadline
         self._number = 0
-        self._following: asyncio.Task[pb.LocalReply] | None = None
+        self._following: Answer | None = None
         """The window after the last one: it comes while that one is copied."""
+        self._over = False
 
     async def step(self) -> list[GivenBlock]:
-        """Lets go of the blocks of the last step; the next ones, none at the end."""
-        given = await self._caller.quietly("load", self._next, self._deadline, [self._space])
-        if not given:
-            await self.end()
+        """Lets go of the blocks of the last step; the next ones, none at the end.
+
+        A step that is cancelled ends the read: nobody has seen the blocks that it brought.
+        """
+        given: list[GivenBlock] | None = None
+        try:
+            if not self._over:
+                given = await self._caller.quietly(
+                    "load", self._next, self._deadline, [self._space]
+                )
+        finally:
+            if not given:
+                await self.end()
         return given or []
 
     async def end(self) -> None:
         """Gives everything back. Idempotent."""
-        following, self._following = self._following, None
-        if following is not None:
-            following.cancel()
-            with suppress(asyncio.CancelledError, KvstoreError, TimeoutError):
-                await following
+        self._over = True
+        self._following = None
         if self._number:
             self._attached.done(self._number)
             self._number = 0
@@ -140,7 +158,7 @@ class ReadInPlace:
             reply = await self._window()
             if not reply.blocks.last:
                 asking = pb.LocalRequest(number=self._number, next=pb.LocalNext())
-                self._following = asyncio.create_task(self._attached.call(asking, self._deadline))
+                self._following = self._attached.ask(asking, self._deadline)
             given = self._leading(reply.blocks.blocks)
             self._left -= len(given)
             if reply.blocks.last or len(given) < len(reply.blocks.blocks):
@@ -150,7 +168,7 @@ class ReadInPlace:
     async def _window(self) -> pb.LocalReply:
         following, self._following = self._following, None
         if following is not None:
-            return await following
+            return await self._attached.reply(following, self._deadline)
         self._number = self._attached.number()
         request = pb.LocalRequest(number=self._number, acquire=self._request)
         return await self._attached.call(request, self._deadline)

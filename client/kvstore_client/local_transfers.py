@@ -4,20 +4,22 @@ Copies run in slices between which others get their turn; nothing is touched onc
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 
 from kvstore.api.digest import DIGEST_BYTES
 from kvstore.api.errors import KvstoreError
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.arrivals import Arrivals
-from kvstore_client.attached import Attached
+from kvstore_client.attached import Answer, Attached
 from kvstore_client.budgets import Deadline
 from kvstore_client.pieces import check_indexes
 
-SLICE_BYTES = 8 << 20
-"""So much is copied before others get their turn."""
+SLICE_BYTES = 16 << 20
+"""So much is copied before others get their turn: a millisecond and a half."""
+PART_BYTES = 16 << 20
+"""So much at least is committed at a time: a message costs as much as copying 2 MiB."""
 
 
 class Turns:
@@ -48,25 +50,82 @@ async def place(
     `held` is brought up to date with each answer, so that it is right also when this raises.
     """
     held[:] = [False] * len(held)
-    number, turns = attached.number(), Turns(deadline)
-    over = False
+    filling = _Filling(attached, blocks, held, deadline)
     try:
-        reply = await attached.call(pb.LocalRequest(number=number, reserve=begin), deadline)
-        while True:
-            slots = reply.slots
-            check_slots(slots, len(blocks), held)
-            if not slots.indexes:
-                over = True
-                return not slots.full
-            for index, offset in zip(slots.indexes, slots.offsets, strict=True):
-                attached.check()
-                attached.arena.write(offset, blocks[index])
-                await turns.copied(len(blocks[index]))
-            commit = pb.LocalRequest(number=number, commit=pb.LocalCommit())
-            reply = await attached.call(commit, deadline)
+        return await filling.run(begin)
     finally:
-        if not over:
-            attached.done(number)
+        filling.close()
+
+
+class _Filling:
+    """A write under way. Half of the slots are committed while the other half is filled.
+
+    Invariant: what lies in `empty` may be written to until `close`, and nothing else.
+    """
+
+    def __init__(
+        self,
+        attached: Attached,
+        blocks: Sequence[memoryview],
+        held: list[bool],
+        deadline: Deadline,
+    ) -> None:
+        self._attached = attached
+        self._blocks = blocks
+        self._held = held
+        self._deadline = deadline
+        self._turns = Turns(deadline)
+        self._number = attached.number()
+        self._empty: deque[tuple[int, int]] = deque()
+        """The slots to fill next: which block of the run, and where in the arena."""
+        self._asked: deque[Answer] = deque()
+        """Commits that the node has not answered yet."""
+        self._full = False
+        self._over = False
+
+    async def run(self, begin: pb.WriteBegin) -> bool:
+        """As `place`."""
+        request = pb.LocalRequest(number=self._number, reserve=begin)
+        slots = self._take(await self._attached.call(request, self._deadline))
+        # A node that takes all slots at a time must not be told before all are filled.
+        part = self._part(len(slots.indexes)) if slots.in_parts else len(self._blocks)
+        while self._empty or self._asked:
+            await self._fill(part)
+            if self._asked:
+                self._take(await self._attached.reply(self._asked.popleft(), self._deadline))
+        self._over = True
+        return not self._full
+
+    def close(self) -> None:
+        """Gives back the slots that are not committed."""
+        if not self._over:
+            self._attached.done(self._number)
+
+    def _part(self, slots: int) -> int:
+        """How many blocks are committed at a time, where there are so many slots."""
+        return max(slots // 2, PART_BYTES // len(self._blocks[0]), 1)
+
+    async def _fill(self, part: int) -> None:
+        filled = 0
+        while self._empty:
+            index, offset = self._empty.popleft()
+            self._attached.check()
+            self._attached.arena.write(offset, self._blocks[index])
+            filled += 1
+            if filled == part or not self._empty:
+                commit = pb.LocalRequest(number=self._number, commit=pb.LocalCommit(blocks=filled))
+                self._asked.append(self._attached.ask(commit, self._deadline))
+                filled = 0
+            await self._turns.copied(len(self._blocks[index]))
+            while self._asked and self._asked[0].done():
+                self._take(await self._attached.reply(self._asked.popleft(), self._deadline))
+
+    def _take(self, reply: pb.LocalReply) -> pb.LocalSlots:
+        slots = reply.slots
+        check_slots(slots, len(self._blocks), self._held)
+        self._empty.extend(zip(slots.indexes, slots.offsets, strict=True))
+        self._full = slots.full
+        return slots
 
 
 async def fetch(
@@ -80,7 +139,7 @@ async def fetch(
     """Copies what lies in the arena of the blocks of a read, or of them what precedes a gap."""
     arrivals.restart()
     number, turns = attached.number(), Turns(deadline)
-    following: asyncio.Task[pb.LocalReply] | None = None
+    following: Answer | None = None
     try:
         reply = await attached.call(pb.LocalRequest(number=number, acquire=request), deadline)
         index = 0
@@ -89,8 +148,7 @@ async def fetch(
             if not window.last:
                 # It comes while this one is copied, which stays until the one after it is asked.
                 asking = pb.LocalRequest(number=number, next=pb.LocalNext())
-                following = asyncio.create_task(attached.call(asking, deadline))
-                await asyncio.sleep(0)
+                following = attached.ask(asking, deadline)
             for block in window.blocks:
                 if block.here:
                     _copy(attached, block, index, arrivals)
@@ -100,12 +158,8 @@ async def fetch(
                 index += 1
             if following is None:
                 return
-            reply, following = await following, None
+            reply, following = await attached.reply(following, deadline), None
     finally:
-        if following is not None:
-            following.cancel()
-            with suppress(asyncio.CancelledError, KvstoreError, TimeoutError):
-                await following
         attached.done(number)
 
 

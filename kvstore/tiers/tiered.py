@@ -187,6 +187,14 @@ class Tiered:
             return None
         return Acquired(self.memory.pin(slot), self.memory.name)
 
+    def pin_all(self, wants: Sequence[Want]) -> list[Acquired]:
+        """The blocks, pinned, if all are in memory now with their digests; otherwise none."""
+        slots = [self.memory.find(want.ref) for want in wants]
+        for slot, want in zip(slots, wants, strict=True):
+            if slot is None or slot.size != want.size or not slot.digest:
+                return []
+        return [Acquired(self.memory.pin(slot), self.memory.name) for slot in slots if slot]
+
     def release(self, acquired: Iterable[Acquired]) -> None:
         """Unpins what `acquire` pinned."""
         for block in acquired:

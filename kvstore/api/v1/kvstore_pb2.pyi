@@ -1193,7 +1193,7 @@ class LocalRequest(_message.Message):
 
     @_builtins.property
     def commit(self) -> Global___LocalCommit:
-        """all slots of the last reply are filled; may bring more of them"""
+        """slots are filled; may bring more of them"""
 
     @_builtins.property
     def acquire(self) -> Global___ReadRequest:
@@ -1232,12 +1232,17 @@ Global___LocalRequest: _TypeAlias = LocalRequest  # noqa: Y015
 class LocalCommit(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """so many of the slots that are not committed yet are filled, in"""
     def __init__(
         self,
+        *,
+        blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1320,8 +1325,11 @@ class LocalSlots(_message.Message):
     OFFSETS_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     FULL_FIELD_NUMBER: _builtins.int
+    IN_PARTS_FIELD_NUMBER: _builtins.int
     full: _builtins.bool
     """there is no room for the rest; another path may have more luck"""
+    in_parts: _builtins.bool
+    """a commit may name fewer than all, and another be sent before it"""
     @_builtins.property
     def indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """of the run's blocks that shall be written now; none: it is over"""
@@ -1341,10 +1349,11 @@ class LocalSlots(_message.Message):
         offsets: _abc.Iterable[_builtins.int] | None = ...,
         held: _abc.Iterable[_builtins.int] | None = ...,
         full: _builtins.bool = ...,
+        in_parts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "held", b"held", "indexes", b"indexes", "offsets", b"offsets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "held", b"held", "in_parts", b"in_parts", "indexes", b"indexes", "offsets", b"offsets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,8 @@ the end of his connection gives back what he holds.
 
 import asyncio
 import random
+from collections import deque
+from contextlib import suppress
 from itertools import count
 
 from kvstore.api.hint import ReuseHint
@@ -62,13 +64,34 @@ class Neighbours:
         number = next(_numbers)
         try:
             slots, held, _ = await attachment.begin_write(number, Placing(offer))
-            while slots:
-                for at, slot in slots:
-                    await self._fill(slot, chain.names(at)[0])
-                slots, held, _ = await attachment.commit(number)
+            empty, filled = deque(slots), 0
+            while empty or filled:
+                if empty:
+                    await self._fill_next(empty, chain)
+                    filled += 1
+                if empty and self._rng.random() < 0.7:
+                    continue
+                committing = asyncio.create_task(attachment.commit(number, filled))
+                filled = 0
+                try:
+                    if empty:  # As clients do it: the node takes the others meanwhile.
+                        await self._fill_next(empty, chain)
+                        filled = 1
+                    slots, held, _ = await committing
+                finally:
+                    # As the node does it: nothing of a write goes on behind its end.
+                    while not committing.done():
+                        committing.cancel()
+                        with suppress(asyncio.CancelledError):
+                            await asyncio.wait([committing])
+                empty += slots
             return held
         finally:
             attachment.done(number)
+
+    async def _fill_next(self, empty: deque[tuple[int, Slot]], chain: Chain) -> None:
+        at, slot = empty.popleft()
+        await self._fill(slot, chain.names(at)[0])
 
     async def _fill(self, slot: Slot, name: Name) -> None:
         data = content(name, self._rng.randrange(VARIANTS))
