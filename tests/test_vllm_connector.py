@@ -1,7 +1,6 @@
 """KVStoreConnector in a small engine that checks its KV cache, over nodes that really serve."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,10 @@ import pytest
 from kvstore.server import NodeServer
 from tests.client_rig import hanging
 from tests.scripted_node import NodeThread
-from tests.sim.nodes import Nodes
-from tests.stand_ins import vllm_connector as vllm
-from tests.stand_ins.vllm_mini_engine import Lora, MiniEngine, Request, full, state, window
+from tests.stand_ins.vllm_mini_engine import Blocks, Lora, Request, full, state, window
+from tests.vllm_rig import PROMPT, Start, answers, output, weights
 
-PATIENT = {
-    "match_budget_s": 30,
-    "load_budget_s": 30,
-    "store_budget_s": 30,
-    "lease_ms": 60_000,
-    "restore_gate": False,
-}
-PROMPT = [(7 * number) % 251 for number in range(50)]
-"""Twelve whole blocks of four tokens, and two tokens."""
+pytest_plugins = ["tests.vllm_fixtures"]
 
 GROUPS = {
     "full": [full()],
@@ -34,82 +24,9 @@ GROUPS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def stand_ins() -> Iterator[None]:
-    """vLLM is what `tests/stand_ins` says."""
-    with vllm.standing_in():
-        yield
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A checkpoint, as far as its name goes."""
-    return weights(tmp_path / "model", b"weights")
-
-
-@pytest.fixture
-async def node(nodes: Nodes) -> AsyncIterator[NodeServer]:
-    """A small node with a disk."""
-    yield await nodes.start()
-
-
-@pytest.fixture
-def remote() -> Iterator[NodeThread]:
-    """A scripted node, served in a thread of its own."""
-    node = NodeThread()
-    yield node
-    node.stop()
-
-
-@pytest.fixture
-async def start(model: Path) -> AsyncIterator[Callable[..., MiniEngine]]:
-    """Starts engines, and ends them."""
-    engines: list[MiniEngine] = []
-
-    def started(
-        node: NodeServer | NodeThread | str,
-        *args: Any,
-        settings: dict[str, Any] | None = None,
-        **more: Any,
-    ) -> MiniEngine:
-        from kvstore_client.vllm import KVStoreConnector
-
-        endpoint = node if isinstance(node, str) else node.endpoint
-        values = {**PATIENT, "endpoint": endpoint, **(settings or {})}
-        engine = MiniEngine(
-            KVStoreConnector, more.pop("model", model), *args, settings=values, **more
-        )
-        engines.append(engine)
-        return engine
-
-    yield started
-    for engine in engines:
-        await asyncio.to_thread(engine.close)
-
-
-def weights(path: Path, content: bytes) -> Path:
-    """A directory that has weights."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text("{}")
-    (path / "adapter_model.safetensors").write_bytes(content)
-    return path
-
-
-async def answers(engine: MiniEngine, *prompts: Sequence[int], **more: Any) -> list[Request]:
-    """Requests together, to their end, and everything stored that is to be."""
-
-    def run() -> list[Request]:
-        requests = [engine.add(prompt, **more) for prompt in prompts]
-        engine.run()
-        engine.saved()
-        return requests
-
-    return await asyncio.to_thread(run)
-
-
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 async def test_what_one_engine_computes_another_restores(
-    groups: list[Any], node: NodeServer, start: Callable[..., MiniEngine]
+    groups: list[Any], node: NodeServer, start: Start
 ) -> None:
     """The same tokens, and KV that is right to the byte wherever the engine looks at it."""
     first = await asyncio.to_thread(start, node, groups)
@@ -125,7 +42,7 @@ async def test_what_one_engine_computes_another_restores(
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 async def test_a_longer_prompt_restores_what_a_shorter_one_left(
-    groups: list[Any], node: NodeServer, start: Callable[..., MiniEngine]
+    groups: list[Any], node: NodeServer, start: Start
 ) -> None:
     """Answers of the first turn are the beginning of the second one's question."""
     engine = await asyncio.to_thread(start, node, groups)
@@ -136,9 +53,7 @@ async def test_a_longer_prompt_restores_what_a_shorter_one_left(
     assert next_turn.restored % again.unit == 0
 
 
-async def test_one_token_at_least_is_computed(
-    node: NodeServer, start: Callable[..., MiniEngine]
-) -> None:
+async def test_one_token_at_least_is_computed(node: NodeServer, start: Start) -> None:
     """A prompt that is stored whole is restored but for its last block: its logits are wanted."""
     first = await asyncio.to_thread(start, node)
     await answers(first, PROMPT[:48])
@@ -147,9 +62,7 @@ async def test_one_token_at_least_is_computed(
     assert read.restored == 44
 
 
-async def test_each_rank_restores_its_own_part(
-    node: NodeServer, start: Callable[..., MiniEngine]
-) -> None:
+async def test_each_rank_restores_its_own_part(node: NodeServer, start: Start) -> None:
     """Two workers hold different heads: each has a space of its own."""
     first = await asyncio.to_thread(start, node, GROUPS["window"], ranks=2)
     await answers(first, PROMPT)
@@ -161,9 +74,7 @@ async def test_each_rank_restores_its_own_part(
     assert alone.restored == 0, "a rank of two is not a rank of one"
 
 
-async def test_ranks_that_hold_the_same_share_one_space(
-    node: NodeServer, start: Callable[..., MiniEngine]
-) -> None:
+async def test_ranks_that_hold_the_same_share_one_space(node: NodeServer, start: Start) -> None:
     """One of them writes, all read: a latent is stored once."""
     first = await asyncio.to_thread(start, node, ranks=2, replicas=2)
     await answers(first, PROMPT)
@@ -174,7 +85,7 @@ async def test_ranks_that_hold_the_same_share_one_space(
     assert second.stats()["loaded_blocks|memory"] == 24
 
 
-async def test_salts_never_meet(node: NodeServer, start: Callable[..., MiniEngine]) -> None:
+async def test_salts_never_meet(node: NodeServer, start: Start) -> None:
     """What was computed under one salt is not there for another, nor for none."""
     first = await asyncio.to_thread(start, node)
     await answers(first, PROMPT, salt="one")
@@ -187,7 +98,7 @@ async def test_salts_never_meet(node: NodeServer, start: Callable[..., MiniEngin
 
 
 async def test_an_adapter_that_was_replaced_is_another_one(
-    node: NodeServer, start: Callable[..., MiniEngine], tmp_path: Path
+    node: NodeServer, start: Start, tmp_path: Path
 ) -> None:
     """The same name and path, other weights: nothing of the old ones is restored."""
     path = weights(tmp_path / "adapter", b"old")
@@ -204,7 +115,7 @@ async def test_an_adapter_that_was_replaced_is_another_one(
 
 
 async def test_an_adapter_replaced_under_a_running_engine_is_not_stored(
-    node: NodeServer, start: Callable[..., MiniEngine], tmp_path: Path
+    node: NodeServer, start: Start, tmp_path: Path
 ) -> None:
     """The engine goes on with the old weights: what they compute has no certain name."""
     path = weights(tmp_path / "adapter", b"old")
@@ -219,7 +130,7 @@ async def test_an_adapter_replaced_under_a_running_engine_is_not_stored(
 
 
 async def test_pages_that_are_used_again_at_once_do_not_spoil_a_save(
-    node: NodeServer, start: Callable[..., MiniEngine]
+    node: NodeServer, start: Start
 ) -> None:
     """Few pages, many requests: each save is of what its step computed."""
     first = await asyncio.to_thread(start, node, GROUPS["window"], pages=42)
@@ -243,9 +154,7 @@ async def test_pages_that_are_used_again_at_once_do_not_spoil_a_save(
         assert read.restored == 48
 
 
-async def test_a_preempted_request_is_restored(
-    node: NodeServer, start: Callable[..., MiniEngine]
-) -> None:
+async def test_a_preempted_request_is_restored(node: NodeServer, start: Start) -> None:
     """Its pages are gone, its blocks are stored."""
     engine = await asyncio.to_thread(start, node)
     request = engine.add(PROMPT, outputs=8)
@@ -261,7 +170,7 @@ async def test_a_preempted_request_is_restored(
     assert request.restored == 52
 
 
-async def test_without_a_node_the_engine_computes(start: Callable[..., MiniEngine]) -> None:
+async def test_without_a_node_the_engine_computes(start: Start) -> None:
     """Nobody listens: no exception, no wait beyond the budget, the same tokens."""
     engine = await asyncio.to_thread(
         start, "127.0.0.1:1", settings={"match_budget_s": 0.05, "store_budget_s": 0.05}
@@ -272,7 +181,7 @@ async def test_without_a_node_the_engine_computes(start: Callable[..., MiniEngin
 
 
 async def test_a_node_that_does_not_answer_costs_the_budget_once(
-    remote: NodeThread, start: Callable[..., MiniEngine]
+    remote: NodeThread, start: Start
 ) -> None:
     """The question is asked once, its answer is nothing."""
     remote.node.play("Match", *[hanging] * 9)
@@ -283,7 +192,7 @@ async def test_a_node_that_does_not_answer_costs_the_budget_once(
 
 
 async def test_a_question_is_asked_once_however_often_the_scheduler_asks(
-    node: NodeServer, start: Callable[..., MiniEngine]
+    node: NodeServer, start: Start
 ) -> None:
     """Also after the answer: a request may wait long for pages."""
     engine = await asyncio.to_thread(start, node)
@@ -304,9 +213,7 @@ async def test_a_question_is_asked_once_however_often_the_scheduler_asks(
     await asyncio.to_thread(engine.run)
 
 
-async def test_many_requests_of_one_prefix_load_it_once(
-    node: NodeServer, start: Callable[..., MiniEngine]
-) -> None:
+async def test_many_requests_of_one_prefix_load_it_once(node: NodeServer, start: Start) -> None:
     """While one loads, the others wait for what it brings."""
     first = await asyncio.to_thread(start, node)
     await answers(first, PROMPT)
@@ -320,8 +227,6 @@ async def test_many_requests_of_one_prefix_load_it_once(
 
     await asyncio.to_thread(until_answered, requests[0])
     tables = [list(range(1, 14))]
-    from tests.stand_ins.vllm_mini_engine import Blocks
-
     side.update_state_after_alloc(requests[0], Blocks(tables), 48)
     for request in requests[1:]:
         question = side.get_num_new_matched_tokens(request, 0)
@@ -330,20 +235,9 @@ async def test_many_requests_of_one_prefix_load_it_once(
         assert side.get_num_new_matched_tokens(request, 0) == (None, False)
     # Where one fails the others do not try in turn, each for as long.
     side.update_connector_output(
-        _output(finished={requests[0].request_id}, failed={requests[0].request_id})
+        output(finished={requests[0].request_id}, failed={requests[0].request_id})
     )
     for request in requests[1:]:
         assert side.get_num_new_matched_tokens(request, 0) == (0, False)
     assert side.get_num_new_matched_tokens(requests[0], 0) == (0, False)
     engine.waiting.clear()
-
-
-def _output(finished: set[str] = frozenset(), failed: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
-    from types import SimpleNamespace
-
-    return SimpleNamespace(
-        finished_recving=finished,
-        failed_recving=failed,
-        invalid_block_ids=set(),
-        kv_connector_worker_meta=None,
-    )

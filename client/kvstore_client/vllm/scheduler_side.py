@@ -155,11 +155,12 @@ class SchedulerSide:
         try:
             self._plan_load(asked, tables, tokens)
         except Exception:
-            # The engine waits for this load from now on, so it must hear of its end.
+            # The engine waits for this load from now on, so it must hear of its end, and not be
+            # told of another one.
+            if asked is not None:
+                self._give_up(asked)
             lost = tuple(page for table in tables for page in table if page)
-            self._loads.append(
-                Load(request.request_id, (), beside=self._beside, lost_pages=lost)
-            )
+            self._loads.append(Load(request.request_id, (), beside=self._beside, lost_pages=lost))
             raise
 
     def sources(self, request: Any, tokens: int) -> dict[CacheHitSource, int]:
