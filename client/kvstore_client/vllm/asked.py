@@ -13,7 +13,6 @@ from kvstore_client.vllm.questions import Question
 class Loading:
     """A load that the engine waits for."""
 
-    question: Question
     keys: tuple[bytes, ...]
     pages: frozenset[int]
     beside: bool

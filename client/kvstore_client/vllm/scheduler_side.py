@@ -155,11 +155,12 @@ class SchedulerSide:
         try:
             self._plan_load(asked, tables, tokens)
         except Exception:
-            # The engine waits for this load from now on, so it must hear of its end, and not be
-            # told of another one.
-            if asked is not None:
-                self._give_up(asked)
+            # The engine takes these tokens for loaded from now on, so it must hear that they are
+            # not, and nothing be saved before it has.
             lost = tuple(page for table in tables for page in table if page)
+            if asked is not None:
+                asked.loading = Loading((), frozenset(lost), self._beside, failed=True)
+                self._loading[request.request_id] = asked
             self._loads.append(Load(request.request_id, (), beside=self._beside, lost_pages=lost))
             raise
 
@@ -359,7 +360,7 @@ class SchedulerSide:
             self._tally.add("matched_tokens", self._layout.unit_tokens, tier)
         pages = frozenset(page for run in runs for block in run.pages for page in block if page)
         keys = tuple(chain.keys[asked.held : total])
-        asked.loading = Loading(question, keys, pages, self._beside)
+        asked.loading = Loading(keys, pages, self._beside)
         self._loading[asked.request.request_id] = asked
         for key in keys:
             self._coming.setdefault(key, asked.loading)
