@@ -102,6 +102,7 @@ class Request:
         self.tables: list[list[int]] = []
         self.restored = 0
         self.reason: str | None = None
+        self.ends = "length"
         vars(self).update(more)
         self.hash()
 
@@ -407,7 +408,7 @@ class MiniEngine:
         request.tokens.append(digest[0])
         request.hash()
         if request.outputs <= 0:
-            request.reason = request.reason or "length"
+            request.reason = request.ends
             self.running.remove(request)
             self.scheduler.request_finished_all_groups(request, tuple(request.tables))
             self.finished.add(request.request_id)
