@@ -149,11 +149,8 @@ def test_groups_become_spaces_with_their_rules() -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (
-            Spec(kind=vllm.KVCacheSpecKind.MAMBA, block_size=4, real_page_size_bytes=9),
-            "--enable-prefix",
-        ),
-        (Spec(kind=vllm.KVCacheSpecKind.UNKNOWN, block_size=4, real_page_size_bytes=9), "unknown"),
+        (spec_of(vllm.KVCacheSpecKind.MAMBA), "--enable-prefix"),
+        (spec_of(vllm.KVCacheSpecKind.UNKNOWN), "unknown"),
     ],
 )
 def test_groups_that_cannot_be_stored_are_refused(spec: vllm.Spec, said: str) -> None:
