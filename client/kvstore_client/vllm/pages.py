@@ -107,7 +107,8 @@ class GroupPages:
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
         # From pinned memory: any other copy would wait for all that is enqueued before it.
-        return torch.tensor(values, pin_memory=True).to(self.device, non_blocking=True)
+        index = torch.tensor(values, pin_memory=self.device.type == "cuda")
+        return index.to(self.device, non_blocking=True)
 
 
 def page_views(cache: torch.Tensor, page_count: int, page_bytes: int) -> torch.Tensor:

@@ -80,10 +80,12 @@ class Saves:
         if not saves:
             return
         self._side.after(engine_mark(self._device))
-        for save in saves:
-            for run in save.runs:
-                self._save_run(run, spaces[run.group], save.hint)
-        self._unfenced = self._side.mark()
+        try:
+            for save in saves:
+                for run in save.runs:
+                    self._save_run(run, spaces[run.group], save.hint)
+        finally:
+            self._unfenced = self._side.mark()
 
     def fence(self) -> None:
         """What the engine enqueues from now on runs after the copies."""
@@ -150,8 +152,13 @@ class Saves:
 
     def _offer_made(self) -> None:
         while (copy := self._made.get()) is not None:
-            copy.made.synchronize()
-            self._offer(copy)
+            try:
+                copy.made.synchronize()
+            except Exception:  # noqa: BLE001  the thread's edge: a lost copy is not saved
+                self._tally.add("errors", label="copy")
+                self._ended(copy, [False] * len(copy.keys))
+            else:
+                self._offer(copy)
 
     def _offer(self, copy: _Copy) -> None:
         def done(held: list[bool]) -> None:
