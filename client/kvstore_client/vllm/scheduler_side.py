@@ -108,6 +108,11 @@ class SchedulerSide:
     def shake_hands(self, handshakes: Mapping[int, Handshake]) -> None:
         """Takes what the workers know of their KV caches. Raises ValueError if they differ, or if
         the weights have no name."""
+        if not all(isinstance(each, Handshake) for each in handshakes.values()):
+            raise ValueError(
+                "KVStoreConnector: in a MultiConnector it has to stand before every other "
+                "connector that exchanges handshakes"
+            )
         if len(set(handshakes.values())) != 1:
             raise ValueError(f"the workers' KV caches differ: {dict(handshakes)}")
         self._handshake = next(iter(handshakes.values()))
