@@ -286,16 +286,16 @@ async def test_what_the_node_held_a_moment_ago_is_not_offered_again() -> None:
 
     clock = ManualClock()
     held = Held(clock)
-    held.begun(0, [b"a", b"b"])
-    assert held.lacking(0, [b"a", b"b", b"c"]) == [False, False, True]
-    assert held.lacking(1, [b"a"]) == [True], "another group's block is another one"
-    held.ended(0, [b"a", b"b"], [True, False])
-    assert held.lacking(0, [b"a", b"b"]) == [False, True]
+    held.begun(b"s", [b"a", b"b"])
+    assert held.lacking(b"s", [b"a", b"b", b"c"]) == [False, False, True]
+    assert held.lacking(b"t", [b"a"]) == [True], "another space's block is another one"
+    held.ended(b"s", [b"a", b"b"], [True, False])
+    assert held.lacking(b"s", [b"a", b"b"]) == [False, True]
     await clock.advance(FRESH_S + 1)
-    assert held.lacking(0, [b"a"]) == [True]
-    held.ended(0, [b"a"], [True])
+    assert held.lacking(b"s", [b"a"]) == [True]
+    held.ended(b"s", [b"a"], [True])
     held.clear()
-    assert held.lacking(0, [b"a"]) == [True]
+    assert held.lacking(b"s", [b"a"]) == [True]
 
 
 def test_counts_travel_and_are_shown() -> None:

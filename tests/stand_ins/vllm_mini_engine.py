@@ -187,13 +187,13 @@ class MiniEngine:
         ]
         self.kv_cache_config = KVCacheConfig(pages, specs, replicas)
         self.replicas = replicas
-        self.ranks = [self._rank(connector_class, number) for number in range(ranks)]
-        self.scheduler = connector_class(
-            self.config, KVConnectorRole.SCHEDULER, self.kv_cache_config
-        )
-        self.scheduler.set_xfer_handshake_metadata(
-            {rank.number: rank.connector.get_handshake_metadata() for rank in self.ranks}
-        )
+        self.ranks: list[Rank] = []
+        self.scheduler: Any = None
+        try:
+            self._start(connector_class, ranks)
+        except ValueError:
+            self.close()
+            raise
         self.free = list(range(1, pages))
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -204,6 +204,16 @@ class MiniEngine:
         self.on_step: Callable[[], None] = lambda: None
         self._names = itertools.count()
         self._received: dict[str, int] = {}
+
+    def _start(self, connector_class: Any, ranks: int) -> None:
+        for number in range(ranks):
+            self.ranks.append(self._rank(connector_class, number))
+        self.scheduler = connector_class(
+            self.config, KVConnectorRole.SCHEDULER, self.kv_cache_config
+        )
+        self.scheduler.set_xfer_handshake_metadata(
+            {rank.number: rank.connector.get_handshake_metadata() for rank in self.ranks}
+        )
 
     def add(self, prompt: Sequence[int], outputs: int = 1, **more: Any) -> Request:
         """A request has come."""
@@ -296,7 +306,8 @@ class MiniEngine:
     def close(self) -> None:
         """The engine ends."""
         for connector in (*(rank.connector for rank in self.ranks), self.scheduler):
-            connector.shutdown()
+            if connector is not None:
+                connector.shutdown()
 
     # The scheduler.
 

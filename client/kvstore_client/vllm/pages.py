@@ -121,10 +121,8 @@ def page_views(cache: torch.Tensor, page_count: int, page_bytes: int) -> torch.T
     kernel_blocks = cache.shape[0] // page_count
     item = cache.element_size()
     stride = cache.stride(0) * item * kernel_blocks
-    if not page_bytes <= stride:
-        raise ValueError(f"pages of {page_bytes} bytes, {stride} bytes apart")
     split = kernel_blocks > 1 and stride != page_bytes
-    if split or (cache.dim() > 2 and not _dense(cache[0])):
+    if split or stride < page_bytes or (cache.dim() > 2 and not _dense(cache[0])):
         raise ValueError(
             "a page is not one run of bytes; set VLLM_KV_CACHE_LAYOUT to a layout whose outer "
             "axes are layer and block (BLHNC, BLNHC, LBHNC, LBNHC)"

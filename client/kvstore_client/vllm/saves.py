@@ -33,7 +33,6 @@ _log = logging.getLogger("kvstore.vllm.saves")
 class _Copy:
     """Consecutive blocks that were copied out, or will have been after `made`."""
 
-    group: int
     space: Space
     keys: tuple[bytes, ...]
     buffers: list[torch.Tensor]
@@ -92,9 +91,9 @@ class Saves:
         engine_waits(self._device, self._unfenced)
         self._unfenced = None
 
-    def known(self, group: int, keys: Sequence[bytes]) -> None:
+    def known(self, space_id: bytes, keys: Sequence[bytes]) -> None:
         """The node has just given these, so it need not be given them. Any thread may call."""
-        self._held.ended(group, keys, [True] * len(keys))
+        self._held.ended(space_id, keys, [True] * len(keys))
 
     def forget(self) -> None:
         """The node may have lost what it held."""
@@ -113,7 +112,7 @@ class Saves:
         return self._uploads.drain(timeout_s)
 
     def _save_run(self, run: Run, space: Space, hint: ReuseHint | None) -> None:
-        wanted = self._held.lacking(run.group, run.keys)
+        wanted = self._held.lacking(space.space_id, run.keys)
         first = 0
         while first < len(wanted):
             end = first
@@ -142,8 +141,8 @@ class Saves:
                 raise
             parent = run.keys[first - 1] if first else run.parent_key
             keys = run.keys[first:last]
-            self._held.begun(run.group, keys)
-            copy = _Copy(run.group, space, keys, buffers, parent, hint, made)
+            self._held.begun(space.space_id, keys)
+            copy = _Copy(space, keys, buffers, parent, hint, made)
             if self._thread is None:
                 self._offer(copy)
             else:
@@ -176,7 +175,7 @@ class Saves:
             self._ended(copy, [False] * len(copy.keys))
 
     def _ended(self, copy: _Copy, held: list[bool]) -> None:
-        self._held.ended(copy.group, copy.keys, held)
+        self._held.ended(copy.space.space_id, copy.keys, held)
         self._staging.give(copy.buffers)
         count = sum(held)
         if count:
