@@ -527,6 +527,7 @@ def vllm_config(
             revision=None,
             dtype=torch.float32,
             quantization=None,
+            max_model_len=4096,
             hf_text_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 10000.0, "layers": 2}),
         ),
         cache_config=SimpleNamespace(
@@ -543,6 +544,7 @@ def vllm_config(
             prefill_context_parallel_size=1,
         ),
         device_config=SimpleNamespace(device_type="cpu"),
+        load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None,
         max_concurrent_batches=1,
         use_v2_model_runner=False,

@@ -124,7 +124,8 @@ class SchedulerSide:
         """A request has come."""
         lora = request.lora_request
         use = self._adapters.use(lora) if lora is not None else None
-        self._asked[request.request_id] = Asked(request, hint_of(request), use)
+        now_s = self._clock.monotonic_s()
+        self._asked[request.request_id] = Asked(request, hint_of(request), use, came_s=now_s)
 
     def matched(self, request: Any, held_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond those held can be loaded, and whether the engine goes on
@@ -133,7 +134,8 @@ class SchedulerSide:
         if asked is None or not self._loadable(asked):
             return 0, False
         if asked.use is not None and not asked.use.known:
-            return None, False
+            late_s = asked.came_s + self._options.match_budget_s
+            return (None if self._clock.monotonic_s() < late_s else 0), False
         if request.num_preemptions != asked.preemptions:
             asked.drop_question()
             asked.preemptions = request.num_preemptions
@@ -229,10 +231,10 @@ class SchedulerSide:
         What is stored from now on is this engine's alone, for its weights have no name any more.
         """
         for asked in self._asked.values():
-            asked.drop_question()
+            asked.named = False
+            self._give_up(asked)
         self._resets = f" {uuid.uuid4().hex}"
         self._spaces, self._descriptors = [], ()
-        self._ready()
 
     def stats(self) -> ConnectorStats | None:
         """What was counted since the last time; None if nothing was."""
@@ -391,11 +393,19 @@ class SchedulerSide:
         if loading.failed:
             asked.gave_up = True
             asked.saved = 0
+            if not loading.beside:
+                # Others had these pages at once, as hits of the engine's own cache.
+                for other in self._asked.values():
+                    other.named = other.named and other is asked
         if asked.finished:
             del self._asked[request_id]
 
     def _saves(self, scheduled: Mapping[str, int], state: Any) -> list[Save]:
-        saves = []
+        saves: list[Save] = []
+        if any(not asked.loading.beside for asked in self._loading.values() if asked.loading):
+            # It is not known yet whether pages that are loaded within this step hold what they
+            # should, and other requests may have them at once.
+            return saves
         offers: Mapping[str, list[Offer]] = state.boundary_state_offloads
         for request_id in {**scheduled, **offers}:
             asked = self._asked.get(request_id)
@@ -414,8 +424,7 @@ class SchedulerSide:
 
     def _savable(self, asked: Asked) -> bool:
         """Whether what this step computes of a request is right, and has a name."""
-        if asked.loading is not None:
-            # Loaded within this step, or the one before: it is not known yet whether that failed.
+        if asked.loading is not None or not asked.named:
             return False
         if asked.use is None:
             return True
