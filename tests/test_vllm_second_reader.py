@@ -180,9 +180,9 @@ async def test_a_reset_succeeds_where_the_weights_have_no_name(
     """There is nothing to forget; False makes vLLM's pause and sleep fail."""
     engine = await asyncio.to_thread(start, node, [full()])
     side = engine.scheduler._scheduler
-    side._revision = Future()
-    side._revision.set_exception(ValueError("the checkpoint changes while it is read"))
-    side._spaces = []
+    side._home._revision = Future()
+    side._home._revision.set_exception(ValueError("the checkpoint changes while it is read"))
+    side._home.spaces = []
     assert engine.scheduler.reset_cache()
 
 

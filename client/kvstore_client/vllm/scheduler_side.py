@@ -1,9 +1,7 @@
 """The scheduler's side of the connector: what to load, what to save, and what to say of it."""
 
-import contextlib
 import hashlib
 import logging
-import uuid
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -12,16 +10,13 @@ from typing import Any
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore.api.clock import Clock, SystemClock
-from kvstore.api.errors import KvstoreError
-from kvstore.api.space import SpaceDescriptor
 from kvstore.api.wire import MAX_KEYS
 from kvstore_client.client import Client
 from kvstore_client.restore_gate import RestoreGate
-from kvstore_client.space import Space
 from kvstore_client.vllm.adapters import Adapters
 from kvstore_client.vllm.asked import Asked, Loading
-from kvstore_client.vllm.background import in_background
 from kvstore_client.vllm.hints import hint_at_end, hint_of
+from kvstore_client.vllm.home import Home
 from kvstore_client.vllm.keys import Chain
 from kvstore_client.vllm.layout import Layout
 from kvstore_client.vllm.metadata import Handshake, Load, Run, Save, StepMessage, WorkerReport
@@ -35,14 +30,12 @@ from kvstore_client.vllm.plan import (
     tiers_of,
 )
 from kvstore_client.vllm.questions import Question, State, ask
-from kvstore_client.vllm.spaces import of_rank, revision_of, spaces_of
+from kvstore_client.vllm.spaces import has_draft_model
 from kvstore_client.vllm.stats import ConnectorStats, LossCount, Tally
 from kvstore_client.vllm.steps import StepTimes
 
 IDLE_WAIT_S = 0.001
 """In a step without tokens the engine would turn round at once; the client's thread can use it."""
-REVISION_WAIT_S = 5.0
-"""How long the start of the engine waits for the name of its weights."""
 MAX_HINTED_SPACES = 16
 """An engine of more spaces than this says nothing at a request's end."""
 
@@ -82,19 +75,14 @@ class SchedulerSide:
             options.load_async or not layout.single or vllm_config.max_concurrent_batches > 1
         )
         self._caches = bool(vllm_config.cache_config.enable_prefix_caching)
-        speculative = vllm_config.speculative_config
-        drafts = speculative is not None and speculative.draft_model_config is not None
+        drafts = has_draft_model(vllm_config)
         # A draft model's part of a block may still change while the request decodes.
         self._saves_output = options.save_output and not drafts
-        replicas = max(1, kv_cache_config.kv_tp_replicas)
-        self._ranks = max(1, vllm_config.parallel_config.tensor_parallel_size // replicas)
         self._client = client or options.connect()
         self._losses = LossCount(self._client.counters, tally)
         self._adapters = Adapters()
-        self._revision = in_background(lambda: revision_of(vllm_config, options.model_revision))
-        self._handshake: Handshake | None = None
-        self._descriptors: tuple[SpaceDescriptor, ...] = ()
-        self._spaces: list[Space] = []
+        revision = options.model_revision
+        self._home = Home(vllm_config, kv_cache_config, layout, self._client, revision)
         self._gate: RestoreGate | None = None
         self._steps = StepTimes(self._clock, layout.unit_tokens)
         self._asked: dict[str, Asked] = {}
@@ -104,20 +92,11 @@ class SchedulerSide:
         """The requests that wait for a load."""
         self._coming: dict[bytes, Loading] = {}
         """The loads under way by the keys that they bring."""
-        self._resets = ""
 
     def shake_hands(self, handshakes: Mapping[int, Handshake]) -> None:
         """Takes what the workers know of their KV caches. Raises ValueError if they differ, or if
         the weights have no name."""
-        if not all(isinstance(each, Handshake) for each in handshakes.values()):
-            raise ValueError(
-                "KVStoreConnector: in a MultiConnector it has to stand before every other "
-                "connector that exchanges handshakes"
-            )
-        if len(set(handshakes.values())) != 1:
-            raise ValueError(f"the workers' KV caches differ: {dict(handshakes)}")
-        self._handshake = next(iter(handshakes.values()))
-        wait([self._revision], REVISION_WAIT_S)
+        self._home.shake_hands(handshakes)
         self._ready()
 
     def new_request(self, request: Any) -> None:
@@ -185,7 +164,7 @@ class SchedulerSide:
     def loads_of_step(self) -> StepMessage:
         """The message of this step, with the loads that begin in it."""
         loads, self._loads = self._loads, []
-        return StepMessage(self._descriptors, loads)
+        return StepMessage(self._home.descriptors, loads)
 
     def fill(self, message: StepMessage, output: Any) -> None:
         """Adds to the message what this step completes."""
@@ -193,7 +172,7 @@ class SchedulerSide:
         message.idle = not output.total_num_scheduled_tokens
         self._steps.begins(scheduled, self._gate)
         if self._may_save and self._ready():
-            message.spaces = self._descriptors
+            message.spaces = self._home.descriptors
             message.saves += self._saves(scheduled, output.kv_connector_block_state)
         if message.idle:
             self._let_others_run()
@@ -233,8 +212,7 @@ class SchedulerSide:
         for asked in self._asked.values():
             asked.named = False
             self._give_up(asked)
-        self._resets = f" {uuid.uuid4().hex}"
-        self._spaces, self._descriptors = [], ()
+        self._home.move()
 
     def stats(self) -> ConnectorStats | None:
         """What was counted since the last time; None if nothing was."""
@@ -251,31 +229,12 @@ class SchedulerSide:
         self._client.close()
 
     def _ready(self) -> bool:
-        """Whether the spaces are known. Raises ValueError if the weights have no name."""
-        if self._spaces:
-            return True
-        if self._handshake is None or not self._revision.done():
+        """Whether there is anywhere to look. Raises ValueError if the weights have no name."""
+        if not self._home.ready():
             return False
-        revision = self._revision.result() + self._resets
-        self._descriptors = spaces_of(
-            self._vllm_config, self._layout, self._handshake, revision, self._ranks
-        )
-        self._spaces = [
-            Space.of(of_rank(descriptor, rank))
-            for descriptor in self._descriptors
-            for rank in range(self._ranks)
-        ]
-        # The first request shall meet an open channel and open spaces.
-        in_background(self._open_spaces)
-        if self._options.restore_gate:
-            self._gate = RestoreGate(self._layout.unit_tokens, sum(self._handshake.block_bytes))
-        _log.info("%d spaces, blocks of %d tokens", len(self._spaces), self._layout.unit_tokens)
+        if self._gate is None and self._options.restore_gate:
+            self._gate = RestoreGate(self._layout.unit_tokens, self._home.block_bytes)
         return True
-
-    def _open_spaces(self) -> None:
-        with contextlib.suppress(KvstoreError):  # Where there is no node yet, they open later.
-            for space in self._spaces:
-                self._client.open_space(space.descriptor)
 
     def _loadable(self, asked: Asked) -> bool:
         if not self._may_load or asked.gave_up or asked.request.skip_reading_prefix_cache:
@@ -323,7 +282,7 @@ class SchedulerSide:
         return ask(
             self._client,
             self._clock,
-            self._spaces,
+            self._home.spaces,
             self._chain(asked).keys[:limit],
             self._options,
             request_id=hashlib.sha256(name.encode()).digest(),
@@ -454,8 +413,8 @@ class SchedulerSide:
         if hint is None or not self._options.finish_hints or asked.chain is None:
             return
         keys = asked.chain.keys[:MAX_KEYS]
-        if keys and self._may_save and len(self._spaces) <= MAX_HINTED_SPACES:
-            for space in self._spaces:
+        if keys and self._may_save and len(self._home.spaces) <= MAX_HINTED_SPACES:
+            for space in self._home.spaces:
                 self._client.hint_soon(space, keys, hint, scope=self._options.scope)
 
     def _let_others_run(self) -> None:

@@ -14,6 +14,8 @@ from kvstore_client.vllm.metadata import Handshake
 
 _NAMES = {"_name_or_path", "transformers_version"}
 """Fields of a model's configuration that say where it came from and not what it computes."""
+_FROM_TEXT = {"ngram", "ngram_gpu", "suffix"}
+"""Ways to guess the next tokens that need no model."""
 _MAX_TEXT = {"layout": 256, "rope_scaling": 1024, "numerics": 256, "quantization": 256}
 
 
@@ -97,9 +99,16 @@ def _layer_group(group: Group) -> str:
     return f"{len(group.layers)} layers {_digest(group.spec, *group.layers)[:32]}"
 
 
+def has_draft_model(vllm_config: Any) -> bool:
+    """Whether another model writes to the KV cache as well."""
+    return _draft_model(vllm_config) is not None
+
+
 def _draft_model(vllm_config: Any) -> Any:
     speculative = vllm_config.speculative_config
-    return speculative.draft_model_config if speculative is not None else None
+    if speculative is None or speculative.method in _FROM_TEXT:
+        return None
+    return speculative.draft_model_config
 
 
 def _json(values: Mapping[str, Any]) -> str:
