@@ -172,12 +172,15 @@ class MiniEngine:
         settings: dict[str, Any] | None = None,
         role: str = "kv_both",
         caching: bool = True,
+        device: str = "cpu",
         **changes: Any,
     ) -> None:
         self.groups = list(groups)
         self.unit, self.hash_tokens = _sizes(self.groups)
         self.chunk = chunk
         self.config = vllm_config(model, settings or {}, ranks=ranks, role=role, caching=caching)
+        self.device = device
+        self.config.device_config.device_type = device
         for name, value in changes.items():
             section, _, attribute = name.partition("__")
             setattr(getattr(self.config, section), attribute, value)
@@ -498,6 +501,7 @@ class MiniEngine:
                 (self.kv_cache_config.num_blocks, group.kv_cache_spec.real_page_size_bytes),
                 JUNK,
                 dtype=torch.uint8,
+                device=self.device,
             )
             for group in self.kv_cache_config.kv_cache_groups
             for layer in group.layer_names
@@ -523,6 +527,7 @@ def vllm_config(
             revision=None,
             dtype=torch.float32,
             quantization=None,
+            max_model_len=4096,
             hf_text_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 10000.0, "layers": 2}),
         ),
         cache_config=SimpleNamespace(
@@ -539,6 +544,7 @@ def vllm_config(
             prefill_context_parallel_size=1,
         ),
         device_config=SimpleNamespace(device_type="cpu"),
+        load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None,
         max_concurrent_batches=1,
         use_v2_model_runner=False,
@@ -590,12 +596,12 @@ def _check(
         if start:
             page = table[(start - 1) // spec.block_size]
             wanted = _state(name, tokens[:start], content)
-            assert page and bytes(cache[page].numpy()) == wanted, f"{name}: a wrong state"
+            assert page and bytes(cache[page].cpu().numpy()) == wanted, f"{name}: a wrong state"
         return
     first = max(0, start - spec.sliding_window + 1) if spec.sliding_window else 0
     for position in range(first, start):
         wanted = _token(name, tokens[: position + 1], content)
-        found = bytes(_slot(cache, spec, table, position).numpy())
+        found = bytes(_slot(cache, spec, table, position).cpu().numpy())
         assert found == wanted, f"{name}: a wrong byte at token {position}"
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import vllm
-from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    KVTransferConfig,
+    LoadConfig,
+    ModelConfig,
+    ParallelConfig,
+    VllmConfig,
+)
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1
 from vllm.lora.request import LoRARequest
@@ -139,6 +146,8 @@ READ = [
         ["cache_dtype", "prefix_caching_hash_algo", "kv_cache_layout", "enable_prefix_caching"],
     ),
     (ModelConfig, ["model", "revision", "dtype", "quantization", "hf_text_config"]),
+    (ModelConfig, ["max_model_len"]),
+    (LoadConfig, ["load_format"]),
     (
         KVTransferConfig,
         [
@@ -150,6 +159,7 @@ READ = [
         ],
     ),
     (VllmConfig, ["max_concurrent_batches", "use_v2_model_runner", "speculative_config"]),
+    (VllmConfig, ["load_config"]),
     (VllmConfig, ["device_config", "kv_transfer_config", "parallel_config", "cache_config"]),
     (LoRARequest, ["lora_int_id", "lora_path", "load_inplace"]),
 ]

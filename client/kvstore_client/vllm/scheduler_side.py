@@ -1,17 +1,18 @@
 """The scheduler's side of the connector: what to load, what to save, and what to say of it."""
 
+import contextlib
 import hashlib
 import logging
-import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, wait
+from typing import Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore.api.clock import Clock, SystemClock
+from kvstore.api.errors import KvstoreError
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.wire import MAX_KEYS
 from kvstore_client.client import Client
@@ -19,6 +20,7 @@ from kvstore_client.restore_gate import RestoreGate
 from kvstore_client.space import Space
 from kvstore_client.vllm.adapters import Adapters
 from kvstore_client.vllm.asked import Asked, Loading
+from kvstore_client.vllm.background import in_background
 from kvstore_client.vllm.hints import hint_at_end, hint_of
 from kvstore_client.vllm.keys import Chain
 from kvstore_client.vllm.layout import Layout
@@ -50,7 +52,6 @@ _SOURCES = {
     "peer": CacheHitSource.P2P,
 }
 _log = logging.getLogger("kvstore.vllm")
-Answer = TypeVar("Answer")
 
 
 class SchedulerSide:
@@ -90,7 +91,7 @@ class SchedulerSide:
         self._client = client or options.connect()
         self._losses = LossCount(self._client.counters, tally)
         self._adapters = Adapters()
-        self._revision = _in_background(lambda: revision_of(vllm_config, options.model_revision))
+        self._revision = in_background(lambda: revision_of(vllm_config, options.model_revision))
         self._handshake: Handshake | None = None
         self._descriptors: tuple[SpaceDescriptor, ...] = ()
         self._spaces: list[Space] = []
@@ -123,7 +124,8 @@ class SchedulerSide:
         """A request has come."""
         lora = request.lora_request
         use = self._adapters.use(lora) if lora is not None else None
-        self._asked[request.request_id] = Asked(request, hint_of(request), use)
+        now_s = self._clock.monotonic_s()
+        self._asked[request.request_id] = Asked(request, hint_of(request), use, came_s=now_s)
 
     def matched(self, request: Any, held_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond those held can be loaded, and whether the engine goes on
@@ -132,7 +134,8 @@ class SchedulerSide:
         if asked is None or not self._loadable(asked):
             return 0, False
         if asked.use is not None and not asked.use.known:
-            return None, False
+            late_s = asked.came_s + self._options.match_budget_s
+            return (None if self._clock.monotonic_s() < late_s else 0), False
         if request.num_preemptions != asked.preemptions:
             asked.drop_question()
             asked.preemptions = request.num_preemptions
@@ -228,10 +231,10 @@ class SchedulerSide:
         What is stored from now on is this engine's alone, for its weights have no name any more.
         """
         for asked in self._asked.values():
-            asked.drop_question()
+            asked.named = False
+            self._give_up(asked)
         self._resets = f" {uuid.uuid4().hex}"
         self._spaces, self._descriptors = [], ()
-        self._ready()
 
     def stats(self) -> ConnectorStats | None:
         """What was counted since the last time; None if nothing was."""
@@ -262,10 +265,17 @@ class SchedulerSide:
             for descriptor in self._descriptors
             for rank in range(self._ranks)
         ]
+        # The first request shall meet an open channel and open spaces.
+        in_background(self._open_spaces)
         if self._options.restore_gate:
             self._gate = RestoreGate(self._layout.unit_tokens, sum(self._handshake.block_bytes))
         _log.info("%d spaces, blocks of %d tokens", len(self._spaces), self._layout.unit_tokens)
         return True
+
+    def _open_spaces(self) -> None:
+        with contextlib.suppress(KvstoreError):  # Where there is no node yet, they open later.
+            for space in self._spaces:
+                self._client.open_space(space.descriptor)
 
     def _loadable(self, asked: Asked) -> bool:
         if not self._may_load or asked.gave_up or asked.request.skip_reading_prefix_cache:
@@ -383,11 +393,19 @@ class SchedulerSide:
         if loading.failed:
             asked.gave_up = True
             asked.saved = 0
+            if not loading.beside:
+                # Others had these pages at once, as hits of the engine's own cache.
+                for other in self._asked.values():
+                    other.named = other.named and other is asked
         if asked.finished:
             del self._asked[request_id]
 
     def _saves(self, scheduled: Mapping[str, int], state: Any) -> list[Save]:
-        saves = []
+        saves: list[Save] = []
+        if any(not asked.loading.beside for asked in self._loading.values() if asked.loading):
+            # It is not known yet whether pages that are loaded within this step hold what they
+            # should, and other requests may have them at once.
+            return saves
         offers: Mapping[str, list[Offer]] = state.boundary_state_offloads
         for request_id in {**scheduled, **offers}:
             asked = self._asked.get(request_id)
@@ -406,8 +424,7 @@ class SchedulerSide:
 
     def _savable(self, asked: Asked) -> bool:
         """Whether what this step computes of a request is right, and has a name."""
-        if asked.loading is not None:
-            # Loaded within this step, or the one before: it is not known yet whether that failed.
+        if asked.loading is not None or not asked.named:
             return False
         if asked.use is None:
             return True
@@ -449,17 +466,3 @@ class SchedulerSide:
         ]
         if waiting:
             wait(waiting, IDLE_WAIT_S, FIRST_COMPLETED)
-
-
-def _in_background(work: Callable[[], Answer]) -> "Future[Answer]":
-    """The outcome of work in a daemon thread: an engine that ends does not wait for it."""
-    outcome: Future[Answer] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except Exception as error:  # noqa: BLE001  it is raised where it is asked for
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="kvstore-revision", daemon=True).start()
-    return outcome
