@@ -1,0 +1,1 @@
+"""Tests of the adapters with the engines that they are for, each in an environment of its own."""

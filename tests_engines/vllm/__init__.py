@@ -1,0 +1,1 @@
+"""Tests with the real vLLM; `make test-vllm` runs them in `.venv-vllm`."""
