@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 
@@ -36,7 +36,7 @@ class Asking:
 
     def __init__(self, client: Client, groups: Sequence[Group], options: TierOptions) -> None:
         self._client = client
-        self._groups = {group.index: group for group in groups}
+        self._groups = groups
         self._options = options
 
     def ask(self, request: Request, keys: Collection[bytes]) -> Found:
@@ -47,79 +47,51 @@ class Asking:
         except ValueError as error:
             _log.warning("neither stored nor restored: %s", error)
             return found
-        families: dict[int, dict[Group, list[bytes]]] = defaultdict(lambda: defaultdict(list))
-        for key in keys:
-            group = self._groups.get(index_of(key))
-            if group is not None:
-                families[group.chunk_tokens][group].append(key)
-        for asked in families.values():
-            self._ask_family(request, content, asked, found)
+        families: dict[int, list[_Asked]] = defaultdict(list)
+        for group in self._groups:
+            mine = [key for key in keys if index_of(key) == group.index]
+            if mine:
+                families[group.chunk_tokens].append(_Asked(group, request.chain(group), mine))
+        for family in families.values():
+            self._match(request, content, [asked for asked in family if asked.places], found)
+            for asked in family:
+                found.places.update(self._locate(request, content, asked))
         return found
 
-    def _ask_family(
-        self,
-        request: Request,
-        content: bytes,
-        asked: Mapping[Group, Sequence[bytes]],
-        found: Found,
-    ) -> None:
-        """Groups of equal chunks, whose prompts have one chain of hashes."""
-        whole: dict[Group, dict[bytes, int]] = {}
-        for group, keys in asked.items():
-            chain_of = {key: at for at, key in enumerate(request.chain(group))}
-            whole[group] = {key: chain_of[key] for key in keys if key in chain_of}
-        places = self._match(request, content, {g: at for g, at in whole.items() if at}, found)
-        for group, keys in asked.items():
-            loose = [key for key in keys if not group.needs_parents or key not in whole[group]]
-            found.places.update(self._locate(request, content, group, loose))
-            if group.needs_parents:
-                found.places.update(
-                    (key, places[group][at])
-                    for key, at in whole[group].items()
-                    if at < len(places[group])
-                )
-
     def _match(
-        self,
-        request: Request,
-        content: bytes,
-        whole: Mapping[Group, Mapping[bytes, int]],
-        found: Found,
-    ) -> dict[Group, list[str]]:
-        """For each group the tiers of the blocks that a match found, from the chain's start."""
-        if not whole:
-            return {}
-        groups = list(whole)
-        longest = max(groups, key=lambda group: max(whole[group].values()))
-        count = min(max(whole[longest].values()) + 1, MAX_KEYS // len(groups))
-        keys = [request.name(key, content) for key in request.chain(longest)[:count]]
+        self, request: Request, content: bytes, family: Sequence["_Asked"], found: Found
+    ) -> None:
+        """Asks for groups of equal chunks in one call: their hashes are the same."""
+        if not family:
+            return
+        longest = max(family, key=lambda asked: asked.last)
+        count = min(longest.last + 1, MAX_KEYS // len(family))
         # What vLLM does not ask for of the chain's start it has itself.
-        starts = [min(at.values()) for group, at in whole.items() if group.needs_parents]
+        held = min((asked.first for asked in family if asked.group.needs_parents), default=0)
         match = self._client.match(
-            [group.space for group in groups],
-            keys,
+            [asked.group.space for asked in family],
+            [request.name(key, content) for key in longest.chain[:count]],
             scopes=self._options.scopes,
             lease_ms=self._options.lease_ms,
-            held_blocks=min(min(starts, default=0), count),
+            held_blocks=min(held, count),
         )
         if match.lease_id:
-            found.leases.update((group.index, match) for group in groups)
-        if not match.spaces:
-            return {group: [] for group in groups}
-        return {
-            group: list(chain.from_iterable(repeat(run.tier, run.blocks) for run in runs))
-            for group, runs in zip(groups, match.spaces, strict=True)
-        }
+            found.leases.update((asked.group.index, match) for asked in family)
+        for asked, runs in zip(family, match.spaces, strict=bool(match.spaces)):
+            tiers = list(chain.from_iterable(repeat(run.tier, run.blocks) for run in runs))
+            found.places.update(
+                (key, tiers[at]) for key, at in asked.places.items() if at < len(tiers)
+            )
 
-    def _locate(
-        self, request: Request, content: bytes, group: Group, keys: Sequence[bytes]
-    ) -> dict[bytes, str]:
+    def _locate(self, request: Request, content: bytes, asked: "_Asked") -> dict[bytes, str]:
+        """Where chunks lie that a match says too little of: each may be of use by itself."""
+        keys = asked.loose[:MAX_KEYS]
         if not keys:
             return {}
         try:
             tiers = self._client.locate(
-                group.space,
-                [request.name(key, content) for key in keys[:MAX_KEYS]],
+                asked.group.space,
+                [request.name(key, content) for key in keys],
                 scope=self._options.scope,
                 budget_s=self._options.match_budget_s,
             )
@@ -127,4 +99,19 @@ class Asking:
             self._client.counters["locate_failed"] += 1
             _log.debug("locate: %s", error)
             return {}
-        return {key: tier or "" for key, tier in zip(keys, tiers, strict=False)}
+        return {key: tier or "" for key, tier in zip(keys, tiers, strict=True)}
+
+
+class _Asked:
+    """What is asked of one group."""
+
+    def __init__(self, group: Group, keys_of_chain: list[bytes], keys: Sequence[bytes]) -> None:
+        self.group = group
+        self.chain = keys_of_chain
+        place_of = {key: at for at, key in enumerate(keys_of_chain)}
+        self.places = {key: place_of[key] for key in keys if key in place_of}
+        """Of the keys that are whole chunks of the chain, where in it they stand."""
+        self.first = min(self.places.values(), default=0)
+        self.last = max(self.places.values(), default=-1)
+        self.loose = [key for key in keys if not group.needs_parents or key not in self.places]
+        """Those that may be of use without the chunks before them, and partial ones."""

@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from kvstore_client.vllm_tier.adapters import Adapter, Adapters
-from kvstore_client.vllm_tier.engine import connector_settings
+from kvstore_client.vllm_tier.engine import Engine, building_for
 
 
 class KVStoreOffloadingConnector(OffloadingConnector):
@@ -19,11 +19,8 @@ class KVStoreOffloadingConnector(OffloadingConnector):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         self._adapters = Adapters()
-        told = connector_settings.set(vllm_config)
-        try:
+        with building_for(Engine(vllm_config, kv_cache_config, names_adapters=True)):
             super().__init__(vllm_config, role, kv_cache_config)
-        finally:
-            connector_settings.reset(told)
 
     def on_new_request(self, request: Request) -> None:
         """Before anything is looked up, stored or loaded for the request."""

@@ -1,4 +1,4 @@
-"""What the tier tells Prometheus, through vLLM's own endpoint, beside vLLM's metrics of any tier."""
+"""What the tier tells Prometheus at vLLM's own endpoint, beside what vLLM says of any tier."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -103,17 +103,18 @@ class Lane:
             refused = list(self._state.waiting)
             self._state.waiting.clear()
             self._state.waiting_chunks = 0
+            self._changed.wait_for(lambda: not self._state.running)
         for job in refused:
             self._outcomes.put(Outcome(job, frozenset(), refused=True))
-        with self._changed:
-            self._changed.wait_for(lambda: not self._state.running)
 
     def close(self) -> None:
-        """Drains, and ends the threads. Idempotent."""
+        """Finishes what was submitted, as far as its budget goes, and ends the threads.
+
+        Idempotent.
+        """
         with self._changed:
             self._state.closing = True
             self._changed.notify_all()
-        self.drain()
         for thread in self._threads:
             thread.join()
 

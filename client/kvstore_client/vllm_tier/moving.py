@@ -39,9 +39,8 @@ class Moving:
 
     def load(self, job: Job) -> list[bytes]:
         """The chunks that are in their rows, whole and verified."""
-        content = job.request.content()
         loaded: list[bytes] = []
-        for group, keys in self._by_group(job):
+        for group, keys, content in self._by_group(job):
             lease = job.request.leases.get(group.index)
             answers = self._client.load_any(
                 group.space,
@@ -59,9 +58,8 @@ class Moving:
 
     def store(self, job: Job) -> list[bytes]:
         """The chunks that the node holds afterwards."""
-        content = job.request.content()
         stored: list[bytes] = []
-        for group, keys in self._by_group(job):
+        for group, keys, content in self._by_group(job):
             for parent, run in runs_of(job.request, group, list(keys)):
                 held = self._client.store(
                     group.space,
@@ -75,15 +73,23 @@ class Moving:
                 stored += [key for key, is_held in zip(run, held, strict=True) if is_held]
         return stored
 
-    def _by_group(self, job: Job) -> Iterator[tuple[Group, dict[bytes, int]]]:
-        """A job's chunks by group, each with its row."""
+    def _by_group(self, job: Job) -> Iterator[tuple[Group, dict[bytes, int], bytes]]:
+        """A job's chunks by group, each with its row; and what completes their names.
+
+        None where nobody knows that.
+        """
+        try:
+            content = job.request.content()
+        except ValueError as error:
+            _log.warning("neither stored nor restored: %s", error)
+            return
         by_group: dict[int, dict[bytes, int]] = defaultdict(dict)
         for key, row in zip(job.keys, job.rows, strict=True):
             if is_sound(key):
                 by_group[index_of(key)][key] = row
         for index, keys in by_group.items():
             if index in self._groups:
-                yield self._groups[index], keys
+                yield self._groups[index], keys, content
 
     def _row(self, group: Group, row: int) -> memoryview:
         size = group.space.block_bytes

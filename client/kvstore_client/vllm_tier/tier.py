@@ -30,9 +30,9 @@ from kvstore_client.vllm_tier import figures
 from kvstore_client.vllm_tier.adapters import Adapter
 from kvstore_client.vllm_tier.asking import Asking
 from kvstore_client.vllm_tier.engine import (
-    check_settings,
+    check_engine,
     check_version,
-    engine_settings,
+    engine_of_callers,
     groups_of,
 )
 from kvstore_client.vllm_tier.groups import is_sound
@@ -72,9 +72,9 @@ class KVStoreTier(SecondaryTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         check_version()
         options = TierOptions.read(settings, f"secondary_tiers[{tier_type}]")
-        engine = engine_settings()
-        check_settings(engine)
-        self._needs_adapters = engine.lora_config is not None
+        engine = engine_of_callers()
+        check_engine(engine)
+        self._needs_adapters = engine.settings.lora_config is not None
         self.locality = Locality(options.locality) if options.locality else None
         self._groups = groups_of(offloading_spec.config, engine, self.block_size_bytes, options)
         self._clock = SystemClock()
