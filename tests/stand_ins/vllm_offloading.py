@@ -391,7 +391,7 @@ class Primary:
     @property
     def view(self) -> memoryview:
         """As a tier is given it: two dimensions, signed bytes."""
-        return memoryview(self.rows)
+        return memoryview(self.rows)  # type: ignore[arg-type]
 
     def job(
         self, context: ReqContext, rows: dict[bytes, int], *, is_promotion: bool
