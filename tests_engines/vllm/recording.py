@@ -335,7 +335,9 @@ def _timed(name: str) -> Callable[..., Any]:
 def recorded(name: str) -> type:
     """The connector class of this name, with a witness."""
     base = getattr(importlib.import_module(CONNECTORS[name]), name)
-    timed = type(f"Timed{name}", (base,), {hook: _timed(hook)(base) for hook in HOOKS if hasattr(base, hook)})
+    timed = type(
+        f"Timed{name}", (base,), {hook: _timed(hook)(base) for hook in HOOKS if hasattr(base, hook)}
+    )
     made = type(name, (Recorded, timed), {"__module__": __name__})
     assert issubclass(made, KVConnectorBase_V1)
     return made
