@@ -12,6 +12,7 @@ from kvstore.api.keys import KEY_BYTES
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc as pb_grpc
 from kvstore.api.wire import MESSAGE_BYTES, PIECE_BYTES, descriptor_from_wire, unpack_keys
+from kvstore_client.loop_thread import LoopThread
 
 Context = grpc.aio.ServicerContext[Any, Any]
 UnaryScript = Callable[[Any, Context], Awaitable[Any]]
@@ -263,3 +264,22 @@ def block(number: int, size_bytes: int) -> bytes:
     """Bytes that belong to a key, different at every offset that a mix-up could confuse."""
     unit = b"".join((number * 1_000_003 + at).to_bytes(4, "little") for at in range(256))
     return (unit * (size_bytes // len(unit) + 1))[:size_bytes]
+
+
+class NodeThread:
+    """A scripted node in a thread of its own, so that the test's thread may block."""
+
+    def __init__(self) -> None:
+        self._thread = LoopThread("scripted-node")
+        self.node, self._context, self.endpoint = self._thread.run(self._start())
+
+    async def _start(self) -> tuple[ScriptedNode, Any, str]:
+        node = ScriptedNode()
+        context = serving(node)
+        endpoint, _ = await context.__aenter__()
+        return node, context, endpoint
+
+    def stop(self) -> None:
+        """Ends server and thread."""
+        self._thread.run(self._context.__aexit__(None, None, None))
+        self._thread.stop()

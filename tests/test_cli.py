@@ -21,7 +21,7 @@ from kvstore.cli import GROUP, SHORT_HELP, build
 from kvstore_client.clear_command import clear
 from kvstore_client.status_command import size_text, status
 from tests.client_rig import descriptor
-from tests.test_client_thread import NodeThread
+from tests.scripted_node import NodeThread
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -19,30 +19,10 @@ from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Block, BlockRef, Load, Tier
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client import AsyncClient, Client, Match, RemoteTier, remote_tier
-from kvstore_client.loop_thread import LoopThread
 from kvstore_client.remote_tier import chain_runs
 from tests.client_rig import BLOCK_BYTES, PATIENT, descriptor
-from tests.scripted_node import ScriptedNode, block, key, serving
+from tests.scripted_node import NodeThread, ScriptedNode, block, key, serving
 from tests.sim.clock import ManualClock
-
-
-class NodeThread:
-    """A scripted node in a thread of its own, so that the test's thread may block."""
-
-    def __init__(self) -> None:
-        self._thread = LoopThread("scripted-node")
-        self.node, self._context, self.endpoint = self._thread.run(self._start())
-
-    async def _start(self) -> tuple[ScriptedNode, Any, str]:
-        node = ScriptedNode()
-        context = serving(node)
-        endpoint, _ = await context.__aenter__()
-        return node, context, endpoint
-
-    def stop(self) -> None:
-        """Ends server and thread."""
-        self._thread.run(self._context.__aexit__(None, None, None))
-        self._thread.stop()
 
 
 @pytest.fixture
