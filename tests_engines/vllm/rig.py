@@ -180,6 +180,26 @@ def redis_server(**settings: Any) -> RedisServer:
     return RedisServer(binary=Path(found.stdout.strip()), **settings)
 
 
+def spoil_values(url: str) -> int:
+    """Turns one bit in the middle of every large value that a Redis keeps; returns how many."""
+    script = (
+        "import redis, sys\n"
+        "server, turned = redis.from_url(sys.argv[1]), 0\n"
+        "for key in server.scan_iter(count=1000):\n"
+        "    if server.type(key) != b'string' or (size := server.strlen(key)) < 65536:\n"
+        "        continue\n"
+        "    old = server.getrange(key, size // 2, size // 2)\n"
+        "    server.setrange(key, size // 2, bytes([old[0] ^ 16]))\n"
+        "    turned += 1\n"
+        "print(turned)\n"
+    )
+    ran = subprocess.run(
+        [str(SERVER_PYTHON), "-c", script, url], check=True, capture_output=True, text=True,
+        env=clean(),
+    )  # fmt: skip
+    return int(ran.stdout)
+
+
 class Events:
     """Hears what witnesses in engines say (`recording.py`); they wait until it has acted."""
 
@@ -219,6 +239,11 @@ class Events:
             action()
 
         self._actions[event] = once
+
+    @property
+    def waiting(self) -> list[str]:
+        """What was to be acted upon and has not happened."""
+        return list(self._actions)
 
     def count(self, event: str) -> int:
         """How often it has happened."""
