@@ -57,6 +57,14 @@ class Proxy:
         """From now on each connection brings answers no faster."""
         self._answer_bytes_per_s = bytes_per_s
 
+    def recover(self) -> None:
+        """As good as new; connections that were made are cut."""
+        with self._lock:
+            self._cut.clear()
+            self.cuts = 0
+            self._answer_bytes_per_s = 0.0
+        self.disconnect()
+
     def disconnect(self) -> None:
         """Cuts every connection; new ones are accepted."""
         with self._lock:
