@@ -14,7 +14,7 @@ from tests_engines.vllm import recording
 from tests_engines.vllm.asking import ask, engine, full_blocks, generate, kvstore, prompt
 from tests_engines.vllm.models import Models
 from tests_engines.vllm.proxy import Proxy
-from tests_engines.vllm.report import EXTERNAL, Engine, Step, assert_restored, assert_same
+from tests_engines.vllm.report import EXTERNAL, Engine, Step, assert_same
 from tests_engines.vllm.rig import Events, Node, Runner, redis_server, spoil_values
 
 MATCH_BUDGET_S = 0.5
@@ -290,7 +290,6 @@ def test_redis_is_gone(
     """All that the node could give lies in a Redis that does not answer."""
     redis, own = redis_node
     runner.run(engine("llama", tiny["llama"], kvstore(own.endpoint), generate("stored", STORED)))
-    own.wait_for(BLOCKS, "redis")
     own.restart()
     with Events() as events:
         action = redis.kill if how == "killed" else redis.freeze
@@ -312,7 +311,6 @@ def test_a_spoiled_block_in_redis_is_never_restored(
     steps = (generate("stored", STORED), generate("after", AFTER))
     wanted = kvstore(own.endpoint)
     [saved] = runner.run(engine("llama", tiny["llama"], wanted, *steps))
-    own.wait_for(BLOCKS, "redis")
     own.stop()
     assert spoil_values(redis.url) >= BLOCKS
     own.start()

@@ -139,7 +139,6 @@ def test_a_node_that_was_restarted_serves_it_from_redis(
 ) -> None:
     """The same over Redis alone."""
     [saved] = runner.run(_both("saving to redis", tiny, kvstore(over_redis.endpoint)))
-    over_redis.wait_for(BLOCKS, "redis")
     over_redis.restart()
     assert over_redis.blocks("memory") == 0
     [made] = runner.run(_both("redis", tiny, kvstore(over_redis.endpoint)))
