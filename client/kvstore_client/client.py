@@ -1,5 +1,6 @@
 """The client of a store node, for programs that have threads and no event loop."""
 
+import concurrent.futures
 import contextlib
 import threading
 from collections import Counter
@@ -29,8 +30,8 @@ from kvstore_client.match import Match
 from kvstore_client.space import Space
 from kvstore_client.watch import Event, Watch
 
-MAX_RELEASES = 1024
-"""Under way at once; past it a lease is left to expire."""
+MAX_SENT = 1024
+"""Releases and hints under way at once; past it a lease is left to expire, a hint is not given."""
 
 Answer = TypeVar("Answer")
 
@@ -74,7 +75,7 @@ class Client:
                 raise
             return channel, client
 
-        self._releases = threading.BoundedSemaphore(MAX_RELEASES)
+        self._sent = threading.BoundedSemaphore(MAX_SENT)
         self._thread = LoopThread("kvstore-client")
         try:
             self._channel, self._client = self._thread.run(build())
@@ -144,6 +145,40 @@ class Client:
             budget_s=budget_s,
         )
         return self._quietly("match", matching, Match.none(held_blocks))
+
+    def match_soon(
+        self,
+        spaces: Sequence[Space],
+        keys: Sequence[bytes],
+        *,
+        scopes: Sequence[str] = (),
+        lease_ms: int = 5000,
+        hint: ReuseHint | None = None,
+        request_id: bytes = b"",
+        held_blocks: int = 0,
+        budget_s: float | None = None,
+    ) -> "concurrent.futures.Future[Match]":
+        """`match` for a caller who looks in again later: does not wait, whatever happens.
+
+        The future holds the answer within the budget; it raises only for a caller's mistake.
+        """
+        matching = self._client.match(
+            spaces,
+            keys,
+            scopes=scopes,
+            lease_ms=lease_ms,
+            hint=hint,
+            request_id=request_id,
+            held_blocks=held_blocks,
+            budget_s=budget_s,
+        )
+        try:
+            return self._thread.submit(matching)
+        except Unavailable:
+            self.counters["match_failed"] += 1
+            nothing: concurrent.futures.Future[Match] = concurrent.futures.Future()
+            nothing.set_result(Match.none(held_blocks))
+            return nothing
 
     def load(
         self,
@@ -304,24 +339,20 @@ class Client:
 
     def release(self, match: Match) -> None:
         """Sends `AsyncClient.release` on its way and does not wait for it."""
-        if not match.lease_id:
-            return
-        if not self._releases.acquire(blocking=False):
-            self.counters["release_dropped"] += 1
-            return
-        try:
-            outcome = self._thread.submit(self._client.release(match))
-        except Unavailable:
-            # Closed: the lease runs until it expires.
-            self._releases.release()
-            return
-        outcome.add_done_callback(lambda _: self._releases.release())
+        if match.lease_id:
+            self._send("release", self._client.release(match))
 
     def hint(
         self, space: Space, keys: Sequence[bytes], hint: ReuseHint, *, scope: str = ""
     ) -> None:
         """See `AsyncClient.hint`."""
         self._quietly("hint", self._client.hint(space, keys, hint, scope=scope), None)
+
+    def hint_soon(
+        self, space: Space, keys: Sequence[bytes], hint: ReuseHint, *, scope: str = ""
+    ) -> None:
+        """Sends `AsyncClient.hint` on its way and does not wait for it."""
+        self._send("hint", self._client.hint(space, keys, hint, scope=scope))
 
     def locate(
         self,
@@ -413,6 +444,20 @@ class Client:
                 ending = self._thread.submit(moving.end())
                 if not self._thread.is_inside:
                     ending.result()
+
+    def _send(self, operation: str, call: Coroutine[Any, Any, None]) -> None:
+        """Starts a call that nobody waits for, unless too many of them are under way."""
+        if not self._sent.acquire(blocking=False):
+            call.close()
+            self.counters[f"{operation}_dropped"] += 1
+            return
+        try:
+            outcome = self._thread.submit(call)
+        except Unavailable:
+            # Closed: a lease runs until it expires.
+            self._sent.release()
+            return
+        outcome.add_done_callback(lambda _: self._sent.release())
 
     def _quietly(
         self, operation: str, call: Coroutine[Any, Any, Answer], nothing: Answer

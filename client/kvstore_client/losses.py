@@ -24,7 +24,8 @@ MEANINGS: dict[str, str] = {
     "locate_failed": "a remote tier could not ask where blocks lie",
     "load_corrupt": "a block came back damaged and was thrown away",
     "load_short": "the node ended its answer before the last block that was asked for",
-    "release_dropped": "too many releases were under way; this lease runs until it expires",
+    "release_dropped": "too many calls were under way; this lease runs until it expires",
+    "hint_dropped": "too many calls were under way; this hint was not given",
     "space_reopened": "the node did not know a space, usually after a restart; it was opened again",
 }
 """Every name that `Losses.counters` can hold."""

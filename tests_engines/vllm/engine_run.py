@@ -1,7 +1,7 @@
 """Runs engines as a JSON file says and writes what came out to another: `engine_run IN OUT`.
 
-IN: `{"engines": [{"name", "llm", "kv_transfer_config", "steps", "plant", "env"}, ...]}`. The engines
-run one after the other in this process: so each pays only for its own start. `llm` goes to
+IN: `{"engines": [{"name", "llm", "kv_transfer_config", "steps", "plant", "env"}, ...]}`. They run
+one after the other in this process, so that each pays only for its own start. `llm` goes to
 `vllm.LLM` over `DEFAULTS`; `kv_transfer_config` is vLLM's own or null; a step is one of
 
 * `{"generate": [PROMPT, ...], "name", "max_tokens", "one_by_one"}`, where PROMPT is

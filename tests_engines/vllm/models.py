@@ -7,6 +7,7 @@ is in their KV cache.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def make_qwen3_next(path: Path) -> Path:
         layer_types=["linear_attention", "full_attention"] * 2,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
@@ -160,6 +161,27 @@ def make_adapter(path: Path, seed: int, *, base: Path) -> Path:
     }
     (path / "adapter_config.json").write_text(json.dumps(settings))
     return path
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "llama": make_llama,
+    "llama-drafts": lambda path: make_llama(path, spread=0.04),
+    "qwen3": make_qwen3,
+    "gemma3": make_gemma3,
+    "qwen3-next": make_qwen3_next,
+    "deepseek-v2": make_deepseek_v2,
+}
+
+
+@dataclass
+class Models:
+    """The tiny models, each made when it is first asked for."""
+
+    home: Path
+
+    def __getitem__(self, name: str) -> Path:
+        path = self.home / name
+        return path if path.exists() else MAKERS[name](path)
 
 
 def _save(model: Callable[[Any], Any], config: Any, path: Path, seed: int) -> Path:

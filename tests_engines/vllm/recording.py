@@ -49,6 +49,7 @@ after a load ended, well or not; before and after the connector takes what a ste
 V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
 CONNECTORS = {
     "KVStoreConnector": "kvstore_client.vllm",
+    "LocalPages": "tests_engines.vllm.local_pages",
     "ExampleConnector": f"{V1}.example_connector",
     "OffloadingConnector": f"{V1}.offloading_connector",
     "LMCacheConnectorV1": f"{V1}.lmcache_connector",
@@ -280,7 +281,7 @@ class Recorded:
         self.witness.record({"kind": RESTORED, **told})
         if good.blocks and os.environ.get(PLANT_VARIABLE) == "zero":
             group, _, block = good.blocks[0]
-            for page in self._pages(group, block):
+            for page in self.pages(group, block):
                 page.zero_()
         self._digest("restored", good)
         self.witness.ask(RESTORED, told)
@@ -288,7 +289,7 @@ class Recorded:
     def _digest(self, what: str, pages: Pages) -> None:
         for group, key, block in pages.blocks:
             digest = hashlib.sha256()
-            for page in self._pages(group, block):
+            for page in self.pages(group, block):
                 digest.update(page.contiguous().view(torch.uint8).numpy().data)
             self.witness.record(
                 {
@@ -296,11 +297,11 @@ class Recorded:
                     "request": pages.request,
                     "name": f"{group}/{self.witness.rank}/{key}",
                     "digest": digest.hexdigest(),
-                    "bytes": sum(page.nbytes for page in self._pages(group, block)),
+                    "bytes": sum(page.nbytes for page in self.pages(group, block)),
                 }
             )
 
-    def _pages(self, group: int, block: int) -> Iterator[torch.Tensor]:
+    def pages(self, group: int, block: int) -> Iterator[torch.Tensor]:
         """The pages of a block, one or more a layer."""
         for layer in self._groups[group].layer_names:
             cache = self.witness.caches.get(layer)
@@ -335,7 +336,9 @@ def _timed(name: str) -> Callable[..., Any]:
 def recorded(name: str) -> type:
     """The connector class of this name, with a witness."""
     base = getattr(importlib.import_module(CONNECTORS[name]), name)
-    timed = type(f"Timed{name}", (base,), {hook: _timed(hook)(base) for hook in HOOKS if hasattr(base, hook)})
+    timed = type(
+        f"Timed{name}", (base,), {hook: _timed(hook)(base) for hook in HOOKS if hasattr(base, hook)}
+    )
     made = type(name, (Recorded, timed), {"__module__": __name__})
     assert issubclass(made, KVConnectorBase_V1)
     return made

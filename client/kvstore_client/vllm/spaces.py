@@ -1,0 +1,111 @@
+"""The spaces of an engine: all that the bytes of its KV cache depend on beside the tokens."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvstore.api.space import SpaceDescriptor
+from kvstore_client.engine.weights import model_revision
+from kvstore_client.vllm.layout import Group, Layout
+from kvstore_client.vllm.metadata import Handshake
+
+_NAMES = {"_name_or_path", "transformers_version"}
+"""Fields of a model's configuration that say where it came from and not what it computes."""
+_MAX_TEXT = {"layout": 256, "rope_scaling": 1024, "numerics": 256, "quantization": 256}
+
+
+def revision_of(vllm_config: Any, given: str) -> str:
+    """What names all weights that write to the KV cache. Reads a local checkpoint whole.
+
+    Raises ValueError if they have no name.
+    """
+    model = vllm_config.model_config
+    revision = given or model_revision(model.model, model.revision)
+    draft = _draft_model(vllm_config)
+    if draft is not None and draft.model != model.model:
+        revision = _digest(revision, model_revision(draft.model, draft.revision))
+    return revision
+
+
+def spaces_of(
+    vllm_config: Any, layout: Layout, handshake: Handshake, revision: str, ranks: int
+) -> tuple[SpaceDescriptor, ...]:
+    """The descriptor of each group's space, of the first of `ranks` different ones."""
+    common = _common(vllm_config, handshake, revision)
+    return tuple(
+        SpaceDescriptor(
+            **common,
+            block_tokens=layout.unit_tokens,
+            block_bytes=block_bytes,
+            layer_group=_layer_group(group),
+            match_rule=group.rule,
+            trailing_blocks=group.trailing_blocks,
+            tp_size=ranks,
+        )
+        for group, block_bytes in zip(layout.groups, handshake.block_bytes, strict=True)
+    )
+
+
+def of_rank(descriptor: SpaceDescriptor, rank: int) -> SpaceDescriptor:
+    """The same space of another rank."""
+    return replace(descriptor, tp_rank=rank)
+
+
+def _common(vllm_config: Any, handshake: Handshake, revision: str) -> dict[str, Any]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    computed = str(model.dtype).removeprefix("torch.")
+    stored = computed if cache.cache_dtype == "auto" else str(cache.cache_dtype)
+    config = _config(model)
+    rope = {name: value for name, value in config.items() if "rope" in name and value is not None}
+    return {
+        "model": _model_name(str(model.model)),
+        "revision": revision,
+        "dtype": stored,
+        "layout": _short("layout", handshake.layout),
+        "rope_scaling": _short("rope_scaling", _json(rope)),
+        "quantization": _short("quantization", str(model.quantization or "")),
+        "numerics": _short(
+            "numerics",
+            f"{computed} {cache.prefix_caching_hash_algo} {_digest(_json(config))[:32]}",
+        ),
+    }
+
+
+def _model_name(model: str) -> str:
+    """A path says where a checkpoint lies; what it is, its revision says."""
+    return (Path(model).resolve().name if Path(model).exists() else model)[-256:] or "model"
+
+
+def _config(model: Any) -> Mapping[str, Any]:
+    """What the model's configuration says, overrides of the command line included."""
+    values = model.hf_text_config.to_dict()
+    return {name: value for name, value in values.items() if name not in _NAMES}
+
+
+def _layer_group(group: Group) -> str:
+    return f"{len(group.layers)} layers {_digest(*group.layers)[:32]}"
+
+
+def _draft_model(vllm_config: Any) -> Any:
+    speculative = vllm_config.speculative_config
+    return speculative.draft_model_config if speculative is not None else None
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=str) if values else ""
+
+
+def _short(field: str, text: str) -> str:
+    limit = _MAX_TEXT[field]
+    return text if len(text) <= limit else f"sha256:{_digest(text)}"
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part.encode()).to_bytes(8, "little"))
+        digest.update(part.encode())
+    return digest.hexdigest()
