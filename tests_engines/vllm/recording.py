@@ -52,6 +52,7 @@ CONNECTORS = {
     "LocalPages": "tests_engines.vllm.local_pages",
     "ExampleConnector": f"{V1}.example_connector",
     "OffloadingConnector": f"{V1}.offloading_connector",
+    "KVStoreOffloadingConnector": "kvstore_client.vllm_tier",
     "LMCacheConnectorV1": f"{V1}.lmcache_connector",
     "LMCacheMPConnector": f"{V1}.lmcache_mp_connector",
 }
