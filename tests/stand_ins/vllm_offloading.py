@@ -305,7 +305,7 @@ class OffloadingConnector:
         self.scheduler._req_status[request.request_id] = SimpleNamespace(req_context=context)
 
 
-_MODULES: dict[str, dict[str, Any]] = {
+MODULES: dict[str, dict[str, Any]] = {
     "vllm": {},
     "vllm.version": {"__version__": VERSION, "__version_tuple__": (0, 32, 0)},
     "vllm.config": {"VllmConfig": VllmConfig},
@@ -358,7 +358,7 @@ def standing_in() -> Iterator[None]:
         return name.partition(".")[0] == "vllm" or name == _OURS or name.startswith(_OURS + ".")
 
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
-    for name, contents in _MODULES.items():
+    for name, contents in MODULES.items():
         parts = name.split(".")
         for end in range(1, len(parts) + 1):
             package = ".".join(parts[:end])

@@ -24,7 +24,7 @@ from tests_engines.vllm.report import (
     assert_restored,
     assert_same,
 )
-from tests_engines.vllm.rig import Events, Node, Runner, flip_bits, redis_server
+from tests_engines.vllm.rig import Events, Node, Runner, flip_bits, redis_server, until
 
 PROMPTS = (prompt(1, 1400), prompt(2, 2000))
 ALL_TOKENS = 3400
@@ -127,7 +127,7 @@ def test_another_process_restores_it(
     assert first.prompt_tokens(EXTERNAL) == kind.tokens
     assert first.prompt_tokens(COMPUTED) == ALL_TOKENS - kind.tokens
     assert first.counters[f"{LOADED}{{source=memory}}"] == kind.blocks
-    # For latent attention without AMX vLLM keeps no prefixes itself: its primary tier is the oracle.
+    # Of latent attention without AMX vLLM itself keeps no prefixes but in its primary tier.
     oracle = plain[kind.model] if plain[kind.model]["again"].prompt_tokens(LOCAL) else stored
     assert_same(first, oracle["again"])
     assert_same(stored["first"], plain[kind.model]["first"])
@@ -352,8 +352,11 @@ class Course:
 
     def _over(self) -> None:
         name = self.left.pop(0)
-        if FAULTS[name].moment in self.events.waiting or ("cut" in name and not self.proxy.cuts):
+        if FAULTS[name].moment in self.events.waiting:
             self.missed.add(name)
+        elif "cut" in name:
+            # Stores run behind the engine's back, and may be under way when it has said all.
+            until(lambda: self.proxy.cuts, "the line is cut")
         self.node.kill()
         self.node.start()
         self.proxy.recover()
@@ -437,7 +440,7 @@ def test_a_flipped_bit_on_disk_is_found_here_and_not_in_the_native_tier(
         )
         own.stop()
         assert own.flip_bits() > 0
-        assert flip_bits(files, "*.bin") == 10
+        assert flip_bits(files, "*.bin") == 10  # One file a chunk.
         own.start()
         found, wrong = runner.run(
             engine("ours", llama, ours(own.endpoint), steps), engine("fs", llama, native, steps)
@@ -450,7 +453,10 @@ def test_a_flipped_bit_on_disk_is_found_here_and_not_in_the_native_tier(
     assert all(computed[key] == digest for key, digest in found.restored_blocks)
     assert len(found.restored_blocks) < 10
     assert found["first"].difference(plain["first"]) < CLOSE
-    assert_restored(healed, mine, blocks=10)
+    # What was computed anew was stored anew, and may differ in the last bits.
+    anew = found.first_digests("computed")
+    assert len(healed.restored_blocks) == 10
+    assert all(d in (computed[key], anew.get(key)) for key, d in healed.restored_blocks)
     # vLLM's own tier restores all of it, damage and all.
     honest = theirs.first_digests("computed")
     assert len(wrong.restored_blocks) == 10
