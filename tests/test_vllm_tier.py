@@ -685,6 +685,26 @@ def test_who_does_not_say_which_engine_it_is_is_refused(engines: Engines) -> Non
         KVStoreTier(spec_of([None]), primary.view, "KVStoreTier", None)
 
 
+async def test_a_bug_is_a_miss_and_a_counter(engines: Engines, monkeypatch: Any) -> None:
+    """Whatever a hook raises stays in it; each job is reported all the same."""
+    engine = engines.start("127.0.0.1:9")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    keys = keys_of("a prompt", 2)
+    context = engine.request("a", keys)
+    jobs = [engine.primary.job(context, engine.fill(keys), is_promotion=bool(n)) for n in range(2)]
+    monkeypatch.setattr(engine.tier._lookups, "place", broken)
+    assert engine.lookup(context, keys) == ["MISS"] * 2
+    monkeypatch.setattr(engine.tier._stores, "submit", broken)
+    monkeypatch.setattr(engine.tier._loads, "submit", broken)
+    engine.tier.submit_store(jobs[0])
+    engine.tier.submit_load(jobs[1])
+    assert [result.success for result in engine.primary.poll(engine.tier)] == [False, False]
+    assert engine.tier.errors == {"lookup": 2, "submit_store": 1, "submit_load": 1}
+
+
 async def test_short_hashes_are_neither_stored_nor_found(
     engines: Engines, node: NodeServer
 ) -> None:

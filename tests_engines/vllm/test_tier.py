@@ -50,7 +50,7 @@ def offloading(
 
 def tier(endpoint: str, **settings: Any) -> dict[str, Any]:
     """Ours, patient unless a test says otherwise."""
-    patient = {"match_budget_s": 10, "load_budget_s": 30, "store_budget_s": 30}
+    patient = {"match_budget_s": 60, "load_budget_s": 60, "store_budget_s": 60}
     return {
         "type": "KVStoreTier",
         "module_path": "kvstore_client.vllm_tier",

@@ -38,6 +38,12 @@ LOSSES = Figure(
     "reason",
     "What was lost without an error, by the names of the client's counters.",
 )
+ERRORS = Figure(
+    "vllm:kvstore_tier_errors",
+    "hook",
+    "Exceptions that were kept from the engine: each is a bug, please report it.",
+)
+FIGURES = (LOADED, STORED, LOOKUPS, LOSSES, ERRORS)
 
 
 def definitions() -> dict[str, OffloadingMetricMetadata]:
@@ -46,7 +52,7 @@ def definitions() -> dict[str, OffloadingMetricMetadata]:
         figure.name: OffloadingCounterMetadata(
             documentation=figure.documentation, labelnames=(figure.label,)
         )
-        for figure in (LOADED, STORED, LOOKUPS, LOSSES)
+        for figure in FIGURES
     }
 
 

@@ -36,6 +36,7 @@ from kvstore_client.vllm_tier.engine import (
     groups_of,
 )
 from kvstore_client.vllm_tier.groups import is_sound
+from kvstore_client.vllm_tier.guard import harmless, tell
 from kvstore_client.vllm_tier.jobs import Job, Lane, Outcome
 from kvstore_client.vllm_tier.lookups import Lookups
 from kvstore_client.vllm_tier.moving import Moving
@@ -95,6 +96,8 @@ class KVStoreTier(SecondaryTierManager):
             threads=STORERS, max_waiting_chunks=options.max_saving_bytes // self.block_size_bytes,
         )  # fmt: skip
         self._requests: dict[str, Request] = {}
+        self.errors: Counter[str] = Counter()
+        """What hooks kept from the engine."""
         self._stored: Counter[str] = Counter()
         self._figures = figures.Figures(
             {
@@ -102,6 +105,7 @@ class KVStoreTier(SecondaryTierManager):
                 figures.STORED: self._stored,
                 figures.LOOKUPS: self._lookups.counters,
                 figures.LOSSES: self._client.counters,
+                figures.ERRORS: self.errors,
             }
         )
         self._last_place = ""
@@ -116,6 +120,7 @@ class KVStoreTier(SecondaryTierManager):
 
     # Requests.
 
+    @harmless(RequestOffloadingContext)
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """All chunks of a request are offered, also those that others offered before it.
 
@@ -125,6 +130,7 @@ class KVStoreTier(SecondaryTierManager):
         self._request(req_context)
         return RequestOffloadingContext(policy=OffloadPolicy.REQUEST_LEVEL)
 
+    @harmless(lambda: None)
     def on_request_finished(self, req_context: ReqContext) -> None:
         """Lets go of what the request had leased."""
         request = self._requests.pop(req_context.req_id, None)
@@ -149,6 +155,7 @@ class KVStoreTier(SecondaryTierManager):
 
     # Lookups.
 
+    @harmless(lambda: LookupResult.MISS)
     def lookup(self, key: bytes, req_context: ReqContext) -> LookupResult:
         """HIT, MISS, or RETRY as long as the node was not heard."""
         if not is_sound(key):
@@ -159,6 +166,7 @@ class KVStoreTier(SecondaryTierManager):
         self._last_place = place
         return LookupResult.HIT if place else LookupResult.MISS
 
+    @harmless(lambda: None)
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Puts the step's questions to the node."""
         for req_id in context.preempted_req_ids:
@@ -170,23 +178,24 @@ class KVStoreTier(SecondaryTierManager):
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         """Offers chunks to the node, which says what it lacks."""
-        self._stores.submit(self._job(job_metadata, is_load=False))
+        self._submit(self._stores, job_metadata, is_load=False)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         """Fetches chunks into rows of the primary tier."""
-        job = self._job(job_metadata, is_load=True)
-        job.request.loads += 1
-        self._loads.submit(job)
+        self._submit(self._loads, job_metadata, is_load=True)
 
-    def _job(self, job: TransferJob, *, is_load: bool) -> Job:
-        return Job(
-            job.job_id,
-            self._request(job.req_context),
-            list(job.keys),
-            [int(row) for row in job.chunk_ids],
-            is_load,
-            self._clock.monotonic_s(),
-        )
+    def _submit(self, lane: Lane, job: TransferJob, *, is_load: bool) -> None:
+        request, keys = Request(job.req_context._offload_key_positions), list(job.keys)
+        try:
+            request = self._request(job.req_context)
+            rows = [int(row) for row in job.chunk_ids]
+            taken = Job(job.job_id, request, keys, rows, is_load, self._clock.monotonic_s())
+            request.loads += is_load
+            lane.submit(taken)
+        except Exception:  # noqa: BLE001 - vLLM waits for a report on every job
+            tell(self, "submit_load" if is_load else "submit_store")
+            lost = Job(job.job_id, request, keys, [], is_load, self._clock.monotonic_s())
+            self._outcomes.put(Outcome(lost, frozenset(), refused=True))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """What ended since the last time; what could not be loaded is a miss from now on."""
