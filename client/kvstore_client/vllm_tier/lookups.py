@@ -39,6 +39,8 @@ class Lookups:
         self._release = release
         self._clock = clock
         self._patience_s = patience_s
+        self.open = 0
+        """Questions without an answer."""
         self._waiting: dict[int, Request] = {}
         """Requests with keys to ask about at the end of the step, by identity."""
         self._questions: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
@@ -63,6 +65,7 @@ class Lookups:
             if request.wanted and not request.over:
                 keys, request.wanted = request.wanted, []
                 self._questions.put(_Question(request, keys, now_s))
+                self.open += 1
         self._waiting.clear()
 
     def miss(self, requests: Iterable[Request], keys: Collection[bytes]) -> None:
@@ -100,6 +103,7 @@ class Lookups:
     def _take_answers(self) -> None:
         while not self._answers.empty():
             question, found = self._answers.get()
+            self.open -= 1
             request = question.request
             for key, place in found.places.items():
                 if key in request.places:

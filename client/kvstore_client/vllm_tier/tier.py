@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -46,6 +47,8 @@ from kvstore_client.vllm_tier.requests import Request
 LOADERS = 2
 STORERS = 1
 """Parents are stored before their children."""
+YIELD_S = 0.0002
+"""So long other threads have the interpreter after a step for whose requests they work."""
 SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
 """What vLLM calls a tier of the node; any other is `EXTERNAL_UNSPECIFIED`."""
 
@@ -173,6 +176,9 @@ class KVStoreTier(SecondaryTierManager):
             if req_id in self._requests:
                 self._lookups.renew(self._requests[req_id])
         self._lookups.flush()
+        if self._lookups.open or any(request.loads for request in self._requests.values()):
+            # A step without work spins, and keeps the interpreter from the threads it waits for.
+            time.sleep(YIELD_S)
 
     # Transfers.
 
