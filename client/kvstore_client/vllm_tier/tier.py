@@ -49,7 +49,7 @@ STORERS = 1
 """Parents are stored before their children."""
 YIELD_S = 0.0002
 """So long other threads have the interpreter after a step for whose requests they work."""
-SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "peer": CacheHitSource.P2P}
+SOURCES = {"memory": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
 """What vLLM calls a tier of the node; any other is `EXTERNAL_UNSPECIFIED`."""
 
 _log = logging.getLogger("kvstore.vllm_tier")
