@@ -530,6 +530,13 @@ async def test_what_waits_to_be_stored_is_bounded(engines: Engines, remote: Node
         assert not (await engine.reported(job)).success
 
 
+async def test_a_step_larger_than_the_limit_is_stored(engines: Engines, node: NodeServer) -> None:
+    """vLLM offers what a step has computed as one; the limit is for what waits behind it."""
+    keys = keys_of("a prompt", 8)
+    engine = engines.start(node.endpoint, settings={"max_saving_bytes": 2 * ROW_BYTES})
+    assert (await engine.store(engine.request("a", keys), keys)).success
+
+
 async def test_shutdown_finishes_what_was_submitted(engines: Engines, node: NodeServer) -> None:
     """An engine that ends in order has stored what it has; then nothing holds its memory."""
     keys = keys_of("a prompt", 8)

@@ -87,12 +87,15 @@ class Lane:
             thread.start()
 
     def submit(self, job: Job) -> None:
-        """Takes a job; one that finds too much waiting is refused, and reported so."""
+        """Takes a job; one that finds as much waiting as may wait is refused, and reported so.
+
+        However large: vLLM offers what a step has computed as one, and would never offer less.
+        """
         with self._changed:
-            state, count = self._state, len(job.keys)
-            if not state.closing and state.waiting_chunks + count <= self._max_waiting_chunks:
+            state = self._state
+            if not state.closing and state.waiting_chunks < self._max_waiting_chunks:
                 state.waiting.append(job)
-                state.waiting_chunks += count
+                state.waiting_chunks += len(job.keys)
                 self._changed.notify()
                 return
         self._outcomes.put(Outcome(job, frozenset(), refused=True))

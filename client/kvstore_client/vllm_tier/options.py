@@ -11,9 +11,9 @@ LOCALITIES = ("", "LOCAL", "REMOTE")
 class TierOptions(EngineOptions):
     """Those of every adapter; where the tier takes one otherwise, it says so here."""
 
-    max_saving_bytes: int = 256 << 20
-    """Rows of the primary tier that wait to be stored and are pinned meanwhile; what comes while
-    there are more is not stored."""
+    max_saving_bytes: int = 4 << 30
+    """Rows of the primary tier that wait to be stored and are pinned meanwhile, not copies; what
+    comes while there are as many is not stored."""
     restore_gate: bool = False
     """Always false: nobody tells a tier how fast the engine computes."""
     locality: str = ""
