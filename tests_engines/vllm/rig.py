@@ -290,6 +290,7 @@ class Runner:
         events: Events | None = None,
         timeout_s: float = RUN_TIMEOUT_S,
         may_fail: bool = False,
+        python: str = sys.executable,
         **environ: str,
     ) -> list[Engine]:
         """One process for all these engines (`engine_run.py`).
@@ -303,7 +304,7 @@ class Runner:
         listening = {"KVSTORE_WITNESS_EVENTS": str(events.path)} if events is not None else {}
         with log.open("w") as words, _ended(
             subprocess.Popen(
-                [sys.executable, "-m", "tests_engines.vllm.engine_run", str(source), str(target)],
+                [python, "-m", "tests_engines.vllm.engine_run", str(source), str(target)],
                 stdout=words, stderr=subprocess.STDOUT, cwd=ROOT,
                 env=clean(**listening, **environ), start_new_session=True,
             )

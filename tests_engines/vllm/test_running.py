@@ -122,7 +122,7 @@ LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 def test_adapters_never_share_and_are_known_by_their_weights(
     runner: Runner, tiny: Models, node: Node, adapters: dict[str, Path], home: Path
 ) -> None:
-    """Each restores its own, whatever its path; one replaced under its old path restores nothing."""
+    """Each restores its own; one that was replaced under its old path restores nothing."""
     llama, ours = tiny["llama"], kvstore(node.endpoint, model_revision="adapters")
     tokens = prompt(20, 700)
     a, b = (tokens | _adapted(adapters[name], name, number) for number, name in enumerate("ab", 1))
