@@ -40,6 +40,8 @@ class Group:
     """Pages of the group's block table in one unit."""
     offered: bool = False
     """States are where the engine offers them, and nowhere else."""
+    spec: str = ""
+    """All that vLLM says of the group's pages: heads, sizes, element types."""
 
     def block_pages(self, table: Sequence[int], index: int) -> Pages:
         """The pages of block `index` in a request's block table, those behind its end as 0."""
@@ -99,7 +101,7 @@ def _group(number: int, group: Any, unit_tokens: int) -> Group:
     stride = unit_tokens // page_tokens
     layers = tuple(group.layer_names)
     if kind in _ALL:
-        return Group(number, layers, MatchRule.ALL, 0, stride, 0, stride)
+        return Group(number, layers, MatchRule.ALL, 0, stride, 0, stride, spec=repr(spec))
     if kind is KVCacheSpecKind.MAMBA:
         if spec.mamba_cache_mode == "none":
             raise ValueError(
@@ -107,7 +109,7 @@ def _group(number: int, group: Any, unit_tokens: int) -> Group:
                 "add --enable-prefix-caching (enable_prefix_caching=True)"
             )
         offered = spec.mamba_cache_mode == "align"
-        return Group(number, layers, MatchRule.BOUNDARY, 0, 1, 0, stride, offered)
+        return Group(number, layers, MatchRule.BOUNDARY, 0, 1, 0, stride, offered, repr(spec))
     if kind in _WINDOW:
         reach = spec.sliding_window - 1 + spec.extra_retained_tokens
     elif kind is KVCacheSpecKind.CHUNKED_LOCAL_ATTENTION:
@@ -117,4 +119,7 @@ def _group(number: int, group: Any, unit_tokens: int) -> Group:
     reach = max(1, reach)
     needed = math.ceil(min(reach, unit_tokens) / page_tokens)
     trailing = math.ceil(reach / unit_tokens)
-    return Group(number, layers, MatchRule.TRAILING, trailing, stride, stride - needed, stride)
+    spare = stride - needed
+    return Group(
+        number, layers, MatchRule.TRAILING, trailing, stride, spare, stride, spec=repr(spec)
+    )

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -33,7 +34,7 @@ from kvstore_client.vllm.plan import (
 )
 from kvstore_client.vllm.questions import Question, State, ask
 from kvstore_client.vllm.spaces import of_rank, revision_of, spaces_of
-from kvstore_client.vllm.stats import ConnectorStats, Tally
+from kvstore_client.vllm.stats import ConnectorStats, LossCount, Tally
 from kvstore_client.vllm.steps import StepTimes
 
 IDLE_WAIT_S = 0.001
@@ -75,7 +76,10 @@ class SchedulerSide:
         self._may_load = bool(transfer.is_kv_consumer)
         self._may_save = bool(transfer.is_kv_producer)
         self._engine_id = str(transfer.engine_id)
-        self._beside = options.load_async or not layout.single
+        # Within a step only where its outcome is known before the next one is scheduled.
+        self._beside = (
+            options.load_async or not layout.single or vllm_config.max_concurrent_batches > 1
+        )
         self._caches = bool(vllm_config.cache_config.enable_prefix_caching)
         speculative = vllm_config.speculative_config
         drafts = speculative is not None and speculative.draft_model_config is not None
@@ -84,6 +88,7 @@ class SchedulerSide:
         replicas = max(1, kv_cache_config.kv_tp_replicas)
         self._ranks = max(1, vllm_config.parallel_config.tensor_parallel_size // replicas)
         self._client = client or options.connect()
+        self._losses = LossCount(self._client.counters, tally)
         self._adapters = Adapters()
         self._revision = _in_background(lambda: revision_of(vllm_config, options.model_revision))
         self._handshake: Handshake | None = None
@@ -94,8 +99,11 @@ class SchedulerSide:
         self._asked: dict[str, Asked] = {}
         self._loads: list[Load] = []
         """Of this step, for the workers."""
-        self._loading: dict[bytes, Loading] = {}
-        """By the keys that they bring."""
+        self._loading: dict[str, Asked] = {}
+        """The requests that wait for a load."""
+        self._coming: dict[bytes, Loading] = {}
+        """The loads under way by the keys that they bring."""
+        self._resets = ""
 
     def shake_hands(self, handshakes: Mapping[int, Handshake]) -> None:
         """Takes what the workers know of their KV caches. Raises ValueError if they differ, or if
@@ -147,8 +155,12 @@ class SchedulerSide:
         try:
             self._plan_load(asked, tables, tokens)
         except Exception:
-            # The engine waits for this load from now on, so it must hear of its end.
-            self._loads.append(Load(request.request_id, (), beside=self._beside))
+            # The engine waits for this load from now on, so it must hear of its end, and not be
+            # told of another one.
+            if asked is not None:
+                self._give_up(asked)
+            lost = tuple(page for table in tables for page in table if page)
+            self._loads.append(Load(request.request_id, (), beside=self._beside, lost_pages=lost))
             raise
 
     def sources(self, request: Any, tokens: int) -> dict[CacheHitSource, int]:
@@ -181,10 +193,9 @@ class SchedulerSide:
         """The workers have reported what ended with a step."""
         failed, bad = output.failed_recving or (), output.invalid_block_ids or ()
         ended = output.finished_recving or ()
-        for request_id, asked in list(self._asked.items()):
+        for request_id, asked in list(self._loading.items()):
             loading = asked.loading
-            if loading is None:
-                continue
+            assert loading is not None
             if request_id in failed or not loading.pages.isdisjoint(bad):
                 loading.failed = True
             if request_id in ended or not loading.beside:
@@ -205,8 +216,20 @@ class SchedulerSide:
             asked.drop_question()
             del self._asked[request.request_id]
 
+    def reset(self) -> None:
+        """Nothing that was stored before is loaded from now on: the weights may be others.
+
+        What is stored from now on is this engine's alone, for its weights have no name any more.
+        """
+        for asked in self._asked.values():
+            asked.drop_question()
+        self._resets = f" {uuid.uuid4().hex}"
+        self._spaces, self._descriptors = [], ()
+        self._ready()
+
     def stats(self) -> ConnectorStats | None:
         """What was counted since the last time; None if nothing was."""
+        self._losses.update()
         counts = self._tally.take()
         return ConnectorStats(data=counts) if counts else None
 
@@ -224,8 +247,9 @@ class SchedulerSide:
             return True
         if self._handshake is None or not self._revision.done():
             return False
+        revision = self._revision.result() + self._resets
         self._descriptors = spaces_of(
-            self._vllm_config, self._layout, self._handshake, self._revision.result(), self._ranks
+            self._vllm_config, self._layout, self._handshake, revision, self._ranks
         )
         self._spaces = [
             Space.of(of_rank(descriptor, rank))
@@ -248,7 +272,7 @@ class SchedulerSide:
         if asked.chain is None:
             content = asked.use.content if asked.use is not None else b""
             asked.chain = Chain(self._layout.hashes_per_unit, content)
-        asked.chain.grow(asked.request.block_hashes)
+        asked.saved = min(asked.saved, asked.chain.follow(asked.request.block_hashes))
         return asked.chain
 
     def _answer(self, asked: Asked, held: int, limit: int) -> int | None:
@@ -318,7 +342,7 @@ class SchedulerSide:
             self._give_up(asked)
             return held
         keys = self._chain(asked).keys[held:blocks]
-        asked.waiting_for = next((self._loading[key] for key in keys if key in self._loading), None)
+        asked.waiting_for = next((self._coming[key] for key in keys if key in self._coming), None)
         return blocks if asked.waiting_for is None else None
 
     def _give_up(self, asked: Asked) -> None:
@@ -336,17 +360,19 @@ class SchedulerSide:
         pages = frozenset(page for run in runs for block in run.pages for page in block if page)
         keys = tuple(chain.keys[asked.held : total])
         asked.loading = Loading(question, keys, pages, self._beside)
+        self._loading[asked.request.request_id] = asked
         for key in keys:
-            self._loading.setdefault(key, asked.loading)
+            self._coming.setdefault(key, asked.loading)
         lease_id = question.match.lease_id
         self._loads.append(Load(asked.request.request_id, runs, lease_id, self._beside))
 
     def _load_ended(self, request_id: str, asked: Asked, loading: Loading) -> None:
         loading.ended = True
         for key in loading.keys:
-            if self._loading.get(key) is loading:
-                del self._loading[key]
+            if self._coming.get(key) is loading:
+                del self._coming[key]
         asked.loading = None
+        del self._loading[request_id]
         asked.drop_question()
         if loading.failed:
             asked.gave_up = True
@@ -359,10 +385,14 @@ class SchedulerSide:
         offers: Mapping[str, list[Offer]] = state.boundary_state_offloads
         for request_id in {**scheduled, **offers}:
             asked = self._asked.get(request_id)
-            tables = state.get_block_ids(request_id)
-            if asked is None or tables is None or not self._savable(asked):
+            if asked is None or not self._savable(asked):
                 continue
-            runs = self._completed(asked, scheduled.get(request_id, 0), tables)
+            runs: list[Run] = []
+            first, end = self._completed(asked, scheduled.get(request_id, 0))
+            # The engine copies the whole table for whoever asks, so few do.
+            if end > first and (tables := state.get_block_ids(request_id)) is not None:
+                asked.saved = end
+                runs += runs_to_save(self._layout, self._chain(asked), tables, first, end)
             runs += runs_offered(self._layout, self._chain(asked), offers.get(request_id, ()))
             if runs:
                 saves.append(Save(tuple(runs), asked.hint))
@@ -382,8 +412,8 @@ class SchedulerSide:
             asked.use.ran()
         return asked.use.savable
 
-    def _completed(self, asked: Asked, tokens: int, tables: Tables) -> list[Run]:
-        """The blocks that are whole after so many more tokens, and were not before.
+    def _completed(self, asked: Asked, tokens: int) -> tuple[int, int]:
+        """From and up to which block the chain is whole after so many more tokens, and new.
 
         Drafted tokens that may yet be rejected have no hash, so no block with one has a key.
         """
@@ -392,8 +422,7 @@ class SchedulerSide:
         if not self._saves_output:
             end = min(end, request.num_prompt_tokens // unit)
         end = min(end, len(self._chain(asked).keys))
-        first, asked.saved = asked.saved, max(asked.saved, end)
-        return runs_to_save(self._layout, self._chain(asked), tables, first, end)
+        return asked.saved, end
 
     def _hint_end(self, asked: Asked) -> None:
         """Tells the node what the end of a request says of its chain's future."""
@@ -423,7 +452,7 @@ def _in_background(work: Callable[[], Answer]) -> "Future[Answer]":
     def run() -> None:
         try:
             outcome.set_result(work())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  it is raised where it is asked for
             outcome.set_exception(error)
 
     threading.Thread(target=run, name="kvstore-revision", daemon=True).start()

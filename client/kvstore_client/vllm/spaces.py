@@ -86,7 +86,7 @@ def _config(model: Any) -> Mapping[str, Any]:
 
 
 def _layer_group(group: Group) -> str:
-    return f"{len(group.layers)} layers {_digest(*group.layers)[:32]}"
+    return f"{len(group.layers)} layers {_digest(group.spec, *group.layers)[:32]}"
 
 
 def _draft_model(vllm_config: Any) -> Any:
