@@ -4,9 +4,9 @@ Each keeps the KV of the same prompts of the same model in files. Then a fresh p
 how many prompt tokens it computes, how long the first token takes, how many bytes lie on disk. Then
 one bit of the stored files is turned, and another fresh process asks once more.
 
-Run it in the environment of `make test-vllm`: `.venv-vllm/bin/python -m benchmarks.vllm_side_by_side`.
-LMCache stands beside if `--lmcache-python` names a Python that has it and vLLM. The model is tiny
-and made on the spot: the times tell of the ways, not of a real model.
+It runs in the environment of `make test-vllm`, `.venv-vllm/bin/python`. LMCache stands beside if
+`--lmcache-python` names a Python that has it and vLLM. The model is tiny and made on the spot: the
+times tell of the ways, not of a real model.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,9 @@ class LMCache(Way):
 class Ours(Way):
     """kvstore: a node with memory and a disk tier, which is stopped in between."""
 
-    def __post_init__(self) -> None:
-        self._node = Node(self.home)
+    @cached_property
+    def _node(self) -> Node:
+        return Node(self.home)
 
     @property
     def files(self) -> Path:

@@ -172,6 +172,7 @@ def hurt(
             ),
             events=events,
             may_fail=True,
+            timeout_s=600,
         )
         yield {each.name: each for each in made}, course
     node.kill()
