@@ -303,21 +303,23 @@ def ways(home: Path, lmcache_python: str) -> list[Way]:
 @click.command()
 @click.option("--prompts", default=2, show_default=True, help=f"Of {PROMPT_TOKENS} tokens each.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures there.")
+@click.option("--only", default="", help="Of all ways those whose name has this, and the oracle.")
 @click.option("--lmcache-python", default="", help="A Python that has LMCache and vLLM.")
-def main(prompts: int, json_file: Path | None, lmcache_python: str) -> None:
+def main(prompts: int, json_file: Path | None, only: str, lmcache_python: str) -> None:
     """Prints the table."""
     asked = [prompt(seed, PROMPT_TOKENS) for seed in range(prompts)]
     with tempfile.TemporaryDirectory(prefix="kvstore-side-") as folder:
         home = Path(folder)
         model = make_llama(home / "model", hidden=1024)
         rows = []
-        for way in ways(home, lmcache_python):
+        oracle, *others = ways(home, lmcache_python)
+        for way in [oracle, *(way for way in others if only in way.name)]:
             row = measure(way, model, asked)
+            click.echo(f"{way.name}: {row['seconds']} s", err=True)
             row["prompt_tokens"] = prompts * PROMPT_TOKENS
             rows.append(row)
-    oracle = rows[0]["cold"]
     for row in rows:
-        row["one_flipped_bit"] = judge(row.get("spoiled"), row["warm"], oracle)
+        row["one_flipped_bit"] = judge(row.get("spoiled"), row["warm"], rows[0]["cold"])
     Console(width=140).print(f"{machine()}\n", show(rows))
     if json_file is not None:
         for row in rows:

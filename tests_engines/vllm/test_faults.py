@@ -14,7 +14,7 @@ from tests_engines.vllm import recording
 from tests_engines.vllm.asking import ask, engine, full_blocks, generate, kvstore, prompt
 from tests_engines.vllm.models import Models
 from tests_engines.vllm.proxy import Proxy
-from tests_engines.vllm.report import EXTERNAL, Engine, Step, assert_same
+from tests_engines.vllm.report import EXTERNAL, Engine, Step, assert_restored, assert_same
 from tests_engines.vllm.rig import Events, Node, Runner, redis_server, spoil_values
 
 MATCH_BUDGET_S = 0.5
@@ -259,7 +259,9 @@ def test_a_spoiled_block_on_disk_is_never_restored(
         [healed] = runner.run(engine(model, tiny[model], wanted, *steps))
     assert healed["stored"].prompt_tokens(EXTERNAL) == BLOCKS * 128
     assert healed.failed_blocks == 0
-    assert_same(healed["stored"], plain[model]["warm"])
+    # The block that was computed again rounds as its batch did, so it is not the old one to a bit.
+    assert_restored(healed, made, saved, blocks=len(healed.restored_blocks))
+    assert healed["stored"].difference(plain[model]["warm"]) < CLOSE
 
 
 def assert_sound(made: Engine, saved: Engine, plain: dict[str, Engine]) -> None:
