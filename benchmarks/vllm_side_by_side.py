@@ -103,7 +103,8 @@ class LMCache(Way):
     """LMCache's multi-process server with its file system adapter."""
 
     def config(self) -> dict[str, Any] | None:
-        told = connector("LMCacheMPConnector", **{"lmcache.mp.port": self._port()})
+        where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": self._port()}
+        told = connector("LMCacheMPConnector", **where)
         del told["kv_connector_module_path"]
         return told
 
@@ -124,8 +125,9 @@ class LMCache(Way):
         self.files.mkdir(exist_ok=True)
         adapter = {"type": "fs", "base_path": str(self.files)}
         arguments = [
-            "--port", str(self._port()), "--chunk-size", "128", "--disable-observability",
-            "--l1-size-gb", "1", "--l2-adapter", json.dumps(adapter),
+            "--host", "127.0.0.1", "--port", str(self._port()), "--chunk-size", "128",
+            "--disable-observability", "--l1-size-gb", "1", "--eviction-policy", "LRU",
+            "--l2-adapter", json.dumps(adapter),
         ]  # fmt: skip
         with (self.home / "server.log").open("a") as words:
             server = subprocess.Popen(
@@ -210,7 +212,7 @@ def measure(way: Way, model: Path, prompts: list[Prompt]) -> dict[str, Any]:
             steps = (generate("warm up", WARM_UP), generate("asked", *prompts))
             [made] = runner.run(
                 engine(way.name, model, wanted, *steps, **(LLM | way.llm())),
-                may_fail=True, python=way.python, **way.environ,
+                may_fail=True, python=way.python, environ=way.environ,
             )  # fmt: skip
         return made
 

@@ -185,9 +185,9 @@ def test_two_ranks_restore_each_its_own_half(runner: Runner, tiny: Models, node:
     bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
     llama = tiny["llama"]
     before = node.blocks("memory")
-    [saved] = runner.run(engine("saving", llama, ours, *steps, **two), **bind)
+    [saved] = runner.run(engine("saving", llama, ours, *steps, **two), environ=bind)
     node.wait_for(before + 2 * BLOCKS)
-    [loaded] = runner.run(engine("loading", llama, ours, *steps, **two), **bind)
+    [loaded] = runner.run(engine("loading", llama, ours, *steps, **two), environ=bind)
     assert_restored(loaded, saved, blocks=2 * BLOCKS)
     halves = saved.first_digests("computed")
     ranks = {name.split("/")[1] for name in halves}
