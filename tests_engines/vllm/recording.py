@@ -245,9 +245,6 @@ class Recorded:
         super().wait_for_save()
         for pages in full:
             self._digest("computed", pages)
-        for name, (pages, _) in list(witness.loading.items()):
-            if not pages.asynchronous:
-                self._ended(name, failed=False)
         if blocks:
             witness.ask(SAVED, {"blocks": blocks})
 
@@ -255,6 +252,9 @@ class Recorded:
         results = super().get_transfer_results(finished_req_ids)
         bad = super().get_block_ids_with_load_errors()
         self.witness.bad_blocks |= bad
+        for name, (pages, _) in list(self.witness.loading.items()):
+            if not pages.asynchronous:
+                self._ended(name, failed=False)  # It was over before the step.
         for name in results.finished_recving:
             self._ended(name, failed=name in results.failed_recving)
         return results

@@ -33,7 +33,13 @@ AFTER = prompt(3, 600)
 BLOCKS = full_blocks(STORED)
 ALL_TOKENS = len(STORED["tokens"])
 MODELS = ("llama", "gemma3")
-"""One group of layers, and two: their loads fail by different ways through vLLM."""
+SIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "gemma3": ("gemma3", {}),
+    "llama-within": ("llama", {"load_async": False}),
+}
+"""Ways in which failed loads go through vLLM: block by block for one group of layers, whole
+requests for two, and within the step."""
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,7 @@ def _cut(way: str) -> Callable[[Node, Proxy], None]:
 
 CUT_AFTER_BYTES = 1 << 20
 READY, OVER = "ready", "over"
+LAST = "llama/frozen-to-the-end"
 FAULTS = {
     "killed-before-the-match": Fault(READY, _kill),
     "frozen-before-the-match": Fault(READY, _freeze),
@@ -151,24 +158,24 @@ def hurt(
 ) -> Iterator[tuple[dict[str, Engine], Course]]:
     """One engine a fault and model, in one process; each loads, and then computes and stores."""
     steps = (ask(READY), generate("stored", STORED), generate("after", AFTER), ask(OVER))
-    names = [f"{model}/{fault}" for fault in FAULTS for model in MODELS]
-    names = names[:-1]  # After the last fault the node stays frozen: one engine has it.
+    names = [f"{side}/{fault}" for fault in list(FAULTS)[:-1] for side in SIDES]
+    names.append(LAST)  # After it the node stays frozen.
     with Proxy(node.endpoint) as proxy, Events() as events:
         budgets = {"match_budget_s": MATCH_BUDGET_S, "load_budget_s": LOAD_BUDGET_S}
-        direct = kvstore(node.endpoint, **budgets)
-        distant = kvstore(proxy.endpoint, shared_memory=False, bulk=False, **budgets)
         course = Course(node, proxy, events, list(names))
         course.begin()
+
+        def connector(fault: Fault, extra: dict[str, Any]) -> dict[str, Any]:
+            if not fault.over_proxy:
+                return kvstore(node.endpoint, **budgets, **extra)
+            return kvstore(proxy.endpoint, shared_memory=False, bulk=False, **budgets, **extra)
+
         made = runner.run(
             *(
-                engine(
-                    name,
-                    tiny[model],
-                    distant if FAULTS[fault].over_proxy else direct,
-                    *steps,
-                )
+                engine(name, tiny[model], connector(FAULTS[fault], extra), *steps)
                 for name in names
-                for model, _, fault in [name.partition("/")]
+                for side, _, fault in [name.partition("/")]
+                for model, extra in [SIDES[side]]
             ),
             events=events,
             may_fail=True,
@@ -201,15 +208,15 @@ def _assert_output(step: Step, oracle: Engine, made: Engine) -> None:
         assert step.difference(oracle["stored"]) < CLOSE
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("fault", list(FAULTS)[:-1])
 def test_the_engine_does_not_notice(
     hurt: tuple[dict[str, Engine], Course], saved: dict[str, Engine], plain: dict[str, Engine],
-    fault: str, model: str,
+    fault: str, side: str,
 ) -> None:  # fmt: skip
     """It says what it would have said, in time, and uses no byte that is not the right one."""
     engines, course = hurt
-    name = f"{model}/{fault}"
+    name, model = f"{side}/{fault}", SIDES[side][0]
     made = engines[name]
     assert made.error is None, made.error
     assert name not in course.missed, "the fault was never met"
@@ -230,9 +237,9 @@ def test_an_engine_ends_beside_a_store_that_hangs(
 ) -> None:
     """It waits for what is still to be stored, but not for ever."""
     engines, _ = hurt
-    made = engines[f"{MODELS[0]}/{list(FAULTS)[-1]}"]
+    made = engines[LAST]
     assert made.error is None, made.error
-    assert_unharmed(made, plain[MODELS[0]])
+    assert_unharmed(made, plain["llama"])
     assert made.shutdown_s < DRAIN_TIMEOUT_S + 2 * SLACK_S
 
 
