@@ -62,6 +62,24 @@ async def test_one_token_at_least_is_computed(node: NodeServer, start: Start) ->
     assert read.restored == 44
 
 
+async def test_what_the_node_holds_is_not_copied_out_again(
+    remote: NodeThread, start: Start
+) -> None:
+    """Neither what was just stored nor what was just loaded; and each block names its parent."""
+    first = await asyncio.to_thread(start, remote)
+    await answers(first, PROMPT, outputs=9)
+    second = await asyncio.to_thread(start, remote, settings={"load_async": False})
+    await answers(second, PROMPT)
+    await answers(second, [*PROMPT[:24], *PROMPT])
+    assert first.stats()["saved_blocks|"] == 14
+    assert second.stats()["saved_blocks|"] == 12
+    keys = {key for _, key in remote.node.blocks}
+    parents = list(remote.node.parents.values())
+    assert parents.count(b"") == 1
+    assert set(parents) - {b""} < keys
+    assert len(set(parents)) == len(parents) - 1, "two prompts part after their sixth block"
+
+
 async def test_each_rank_restores_its_own_part(node: NodeServer, start: Start) -> None:
     """Two workers hold different heads: each has a space of its own."""
     first = await asyncio.to_thread(start, node, GROUPS["window"], ranks=2)

@@ -3,16 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvstore.server import NodeServer
 from tests.scripted_node import NodeThread
-from tests.sim.nodes import Nodes
 from tests.stand_ins import vllm_connector
 from tests.stand_ins.vllm_mini_engine import MiniEngine
 from tests.vllm_rig import PATIENT, Start, weights
+
+if TYPE_CHECKING:
+    from kvstore.server import NodeServer
+    from tests.sim.nodes import Nodes
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def node(nodes: Nodes) -> NodeServer:
+async def node(nodes: "Nodes") -> "NodeServer":
     """A small node with a disk."""
     return await nodes.start()
 
@@ -48,7 +50,7 @@ async def start(stand_in: None, model: Path) -> AsyncIterator[Start]:
     engines: list[MiniEngine] = []
 
     def started(
-        node: NodeServer | NodeThread | str,
+        node: "NodeServer | NodeThread | str",
         *args: Any,
         settings: dict[str, Any] | None = None,
         **more: Any,

@@ -102,6 +102,7 @@ class Request:
         self.tables: list[list[int]] = []
         self.restored = 0
         self.reason: str | None = None
+        self.ends = "length"
         vars(self).update(more)
         self.hash()
 
@@ -171,12 +172,15 @@ class MiniEngine:
         settings: dict[str, Any] | None = None,
         role: str = "kv_both",
         caching: bool = True,
+        device: str = "cpu",
         **changes: Any,
     ) -> None:
         self.groups = list(groups)
         self.unit, self.hash_tokens = _sizes(self.groups)
         self.chunk = chunk
         self.config = vllm_config(model, settings or {}, ranks=ranks, role=role, caching=caching)
+        self.device = device
+        self.config.device_config.device_type = device
         for name, value in changes.items():
             section, _, attribute = name.partition("__")
             setattr(getattr(self.config, section), attribute, value)
@@ -186,13 +190,13 @@ class MiniEngine:
         ]
         self.kv_cache_config = KVCacheConfig(pages, specs, replicas)
         self.replicas = replicas
-        self.ranks = [self._rank(connector_class, number) for number in range(ranks)]
-        self.scheduler = connector_class(
-            self.config, KVConnectorRole.SCHEDULER, self.kv_cache_config
-        )
-        self.scheduler.set_xfer_handshake_metadata(
-            {rank.number: rank.connector.get_handshake_metadata() for rank in self.ranks}
-        )
+        self.ranks: list[Rank] = []
+        self.scheduler: Any = None
+        try:
+            self._start(connector_class, ranks)
+        except ValueError:
+            self.close()
+            raise
         self.free = list(range(1, pages))
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -203,6 +207,16 @@ class MiniEngine:
         self.on_step: Callable[[], None] = lambda: None
         self._names = itertools.count()
         self._received: dict[str, int] = {}
+
+    def _start(self, connector_class: Any, ranks: int) -> None:
+        for number in range(ranks):
+            self.ranks.append(self._rank(connector_class, number))
+        self.scheduler = connector_class(
+            self.config, KVConnectorRole.SCHEDULER, self.kv_cache_config
+        )
+        self.scheduler.set_xfer_handshake_metadata(
+            {rank.number: rank.connector.get_handshake_metadata() for rank in self.ranks}
+        )
 
     def add(self, prompt: Sequence[int], outputs: int = 1, **more: Any) -> Request:
         """A request has come."""
@@ -295,7 +309,8 @@ class MiniEngine:
     def close(self) -> None:
         """The engine ends."""
         for connector in (*(rank.connector for rank in self.ranks), self.scheduler):
-            connector.shutdown()
+            if connector is not None:
+                connector.shutdown()
 
     # The scheduler.
 
@@ -407,7 +422,7 @@ class MiniEngine:
         request.tokens.append(digest[0])
         request.hash()
         if request.outputs <= 0:
-            request.reason = request.reason or "length"
+            request.reason = request.ends
             self.running.remove(request)
             self.scheduler.request_finished_all_groups(request, tuple(request.tables))
             self.finished.add(request.request_id)
@@ -486,6 +501,7 @@ class MiniEngine:
                 (self.kv_cache_config.num_blocks, group.kv_cache_spec.real_page_size_bytes),
                 JUNK,
                 dtype=torch.uint8,
+                device=self.device,
             )
             for group in self.kv_cache_config.kv_cache_groups
             for layer in group.layer_names
@@ -511,6 +527,7 @@ def vllm_config(
             revision=None,
             dtype=torch.float32,
             quantization=None,
+            max_model_len=4096,
             hf_text_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 10000.0, "layers": 2}),
         ),
         cache_config=SimpleNamespace(
@@ -527,6 +544,7 @@ def vllm_config(
             prefill_context_parallel_size=1,
         ),
         device_config=SimpleNamespace(device_type="cpu"),
+        load_config=SimpleNamespace(load_format="auto"),
         speculative_config=None,
         max_concurrent_batches=1,
         use_v2_model_runner=False,
@@ -578,12 +596,12 @@ def _check(
         if start:
             page = table[(start - 1) // spec.block_size]
             wanted = _state(name, tokens[:start], content)
-            assert page and bytes(cache[page].numpy()) == wanted, f"{name}: a wrong state"
+            assert page and bytes(cache[page].cpu().numpy()) == wanted, f"{name}: a wrong state"
         return
     first = max(0, start - spec.sliding_window + 1) if spec.sliding_window else 0
     for position in range(first, start):
         wanted = _token(name, tokens[: position + 1], content)
-        found = bytes(_slot(cache, spec, table, position).numpy())
+        found = bytes(_slot(cache, spec, table, position).cpu().numpy())
         assert found == wanted, f"{name}: a wrong byte at token {position}"
 
 

@@ -63,11 +63,8 @@ class Layout:
     hashes_per_unit: int
     """Block hashes of vLLM in one unit."""
     groups: tuple[Group, ...]
-
-    @property
-    def single(self) -> bool:
-        """Whether vLLM can be told of single pages that failed to load."""
-        return len(self.groups) == 1
+    single: bool
+    """Whether vLLM can be told of single pages that failed to load: it has one group in all."""
 
     @property
     def divisible(self) -> bool:
@@ -89,7 +86,8 @@ def layout_of(vllm_config: Any, kv_cache_config: Any) -> Layout:
     )
     if not groups:
         raise ValueError("this model has no KV cache group that could be stored")
-    return Layout(unit_tokens, unit_tokens // hash_tokens, groups)
+    single = len(kv_cache_config.kv_cache_groups) == 1
+    return Layout(unit_tokens, unit_tokens // hash_tokens, groups, single)
 
 
 def _group(number: int, group: Any, unit_tokens: int) -> Group:

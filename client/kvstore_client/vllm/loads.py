@@ -59,7 +59,7 @@ class Loads:
         tally: Tally,
         *,
         single: bool,
-        on_loaded: Callable[[int, Sequence[bytes]], None],
+        on_loaded: Callable[[bytes, Sequence[bytes]], None],
     ) -> None:
         self._client = client
         self._groups = groups
@@ -194,7 +194,7 @@ class Loads:
                     job.tiers.append(loaded.tier)
                     self._tally.add("loaded_blocks", label=loaded.tier)
                     self._tally.add("loaded_bytes", space.block_bytes, loaded.tier)
-                self._on_loaded(run.group, run.keys[first + arrived : first + end])
+                self._on_loaded(space.space_id, run.keys[first + arrived : first + end])
                 arrived = end
         return arrived
 

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.space import SpaceDescriptor
 from kvstore_client.space import Space
+from kvstore_client.vllm.background import in_background
 from kvstore_client.vllm.kernels import describe_kernels
 from kvstore_client.vllm.layout import Group, Layout
 from kvstore_client.vllm.loads import LoadResults, Loads
@@ -47,6 +48,8 @@ class WorkerSide:
         self._rank = (parallel.rank % parallel.tensor_parallel_size) // replicas
         self._writes = parallel.rank % replicas == 0
         self._client = options.connect()
+        # The first load shall meet an open channel.
+        in_background(self._client.health)
         self._handshake: Handshake | None = None
         self._loads: Loads | None = None
         self._saves: Saves | None = None
