@@ -316,12 +316,16 @@ def main(prompts: int, json_file: Path | None, only: str, lmcache_python: str) -
         rows = []
         oracle, *others = ways(home, lmcache_python)
         for way in [oracle, *(way for way in others if only in way.name)]:
-            row = measure(way, model, asked)
+            try:
+                row = measure(way, model, asked)
+            except (AssertionError, OSError, subprocess.SubprocessError) as error:
+                row = {"name": way.name, "command": way.note, "ok": None, "seconds": 0.0}
+                row["reason"] = str(error).strip()[-300:]
             click.echo(f"{way.name}: {row['seconds']} s", err=True)
             row["prompt_tokens"] = prompts * PROMPT_TOKENS
             rows.append(row)
     for row in rows:
-        row["one_flipped_bit"] = judge(row.get("spoiled"), row["warm"], rows[0]["cold"])
+        row["one_flipped_bit"] = judge(row.get("spoiled"), row.get("warm", {}), rows[0]["cold"])
     Console(width=140).print(f"{machine()}\n", show(rows))
     if json_file is not None:
         for row in rows:
