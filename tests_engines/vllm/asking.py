@@ -43,9 +43,9 @@ def engine(
     name: str, model: Path, connector: dict[str, Any] | None, *steps: Request, **llm: Any
 ) -> dict[str, Any]:
     """One engine of a run; `plant` and `env` are the run's, all others go to `vllm.LLM`."""
-    own = {key: llm.pop(key) for key in ("plant", "env") if key in llm}
+    own: dict[str, Any] = {key: llm.pop(key) for key in ("plant", "env") if key in llm}
     llm["model"] = str(model)
-    return {"name": name, "llm": llm, "kv_transfer_config": connector, "steps": steps, **own}
+    return own | {"name": name, "llm": llm, "kv_transfer_config": connector, "steps": steps}
 
 
 def connector(name: str, **extra: Any) -> dict[str, Any]:

@@ -62,9 +62,16 @@ def prompt_of(seed: int, tokens: int) -> list[int]:
     return [int(token) for token in drawn[:tokens]]
 
 
-def make_llama(path: Path, *, seed: int = 1, spread: float = 0.3) -> Path:
-    """One group of layers with full attention."""
-    return _save(LlamaForCausalLM, LlamaConfig(initializer_range=spread, **_SIZES), path, seed)
+def make_llama(path: Path, *, seed: int = 1, spread: float = 0.3, hidden: int = 256) -> Path:
+    """One group of layers with full attention; as many heads as `hidden` has room for."""
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 128,
+    }
+    config = LlamaConfig(initializer_range=spread, **(_SIZES | sizes))
+    return _save(LlamaForCausalLM, config, path, seed)
 
 
 def make_qwen3(path: Path) -> Path:

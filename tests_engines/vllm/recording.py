@@ -105,6 +105,8 @@ class _Witness:
     requests: dict[str, Any] = field(default_factory=dict)
     looked_up: dict[str, tuple[int, bool]] = field(default_factory=dict)
     """Of a request: tokens that vLLM's own cache had, and whether the load is asynchronous."""
+    ends: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Of a request and group: as many blocks were full after the step before."""
     answered: set[str] = field(default_factory=set)
     promised: list[Pages] = field(default_factory=list)
     caches: dict[str, Any] = field(default_factory=dict)
@@ -192,8 +194,12 @@ class Recorded:
             for group, spec in enumerate(self._specs()):
                 if isinstance(spec, MambaSpec):
                     continue  # A recurrent state lies where vLLM says, below.
+                # Drafts that the step before verified have filled blocks without being its own.
+                begin = starts[name] // spec.block_size
+                begin = min(begin, self.witness.ends.get((name, group), begin))
                 end = (starts[name] + tokens - drafts) // spec.block_size
-                for index in range(starts[name] // spec.block_size, min(end, len(table[group]))):
+                self.witness.ends[name, group] = end
+                for index in range(begin, min(end, len(table[group]))):
                     pages.blocks += self._named(request, group, index, table[group][index])
             for group, block, boundary in state.boundary_state_offloads.get(name, ()):
                 tokens_each = self._specs()[group].block_size
@@ -246,9 +252,6 @@ class Recorded:
         super().wait_for_save()
         for pages in full:
             self._digest("computed", pages)
-        for name, (pages, _) in list(witness.loading.items()):
-            if not pages.asynchronous:
-                self._ended(name, failed=False)
         if blocks:
             witness.ask(SAVED, {"blocks": blocks})
 
@@ -256,6 +259,9 @@ class Recorded:
         results = super().get_transfer_results(finished_req_ids)
         bad = super().get_block_ids_with_load_errors()
         self.witness.bad_blocks |= bad
+        for name, (pages, _) in list(self.witness.loading.items()):
+            if not pages.asynchronous:
+                self._ended(name, failed=False)  # It was over before the step.
         for name in results.finished_recving:
             self._ended(name, failed=name in results.failed_recving)
         return results

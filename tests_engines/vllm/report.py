@@ -33,7 +33,7 @@ class Step:
         """The largest between the log probabilities of the tokens chosen; tokens must be equal."""
         assert self.tokens == other.tokens, f"{self.tokens} and {other.tokens}"
         return max(
-            abs(mine - theirs)
+            abs(float(mine) - float(theirs))
             for one, another in zip(self.outputs, other.outputs, strict=True)
             for mine, theirs in zip(one["logprobs"], another["logprobs"], strict=True)
         )

@@ -207,7 +207,7 @@ class Events:
         self._folder = tempfile.TemporaryDirectory(prefix="kvstore-events-")
         self.path = Path(self._folder.name) / "socket"
         self.heard: list[dict[str, Any]] = []
-        self._actions: dict[str, Callable[[dict[str, Any]], None]] = {}
+        self._actions: dict[str, Callable[[], None]] = {}
         self.errors: list[BaseException] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.path))
@@ -234,7 +234,7 @@ class Events:
     def on(self, event: str, action: Callable[[], Any]) -> None:
         """Acts once, at the first time from now that this happens, while the engine waits."""
 
-        def once(_told: dict[str, Any]) -> None:
+        def once() -> None:
             self._actions.pop(event, None)
             action()
 
@@ -263,7 +263,8 @@ class Events:
                 told = json.loads(connection.makefile().readline())
                 self.heard.append(told)
                 try:
-                    self._actions.get(told["event"], lambda _: None)(told)
+                    if (action := self._actions.get(told["event"])) is not None:
+                        action()
                 except BaseException as error:  # noqa: BLE001  The test raises it at its end.
                     self.errors.append(error)
                 with contextlib.suppress(OSError):
@@ -290,7 +291,8 @@ class Runner:
         events: Events | None = None,
         timeout_s: float = RUN_TIMEOUT_S,
         may_fail: bool = False,
-        **environ: str,
+        python: str = sys.executable,
+        environ: Mapping[str, str] | None = None,
     ) -> list[Engine]:
         """One process for all these engines (`engine_run.py`).
 
@@ -303,9 +305,9 @@ class Runner:
         listening = {"KVSTORE_WITNESS_EVENTS": str(events.path)} if events is not None else {}
         with log.open("w") as words, _ended(
             subprocess.Popen(
-                [sys.executable, "-m", "tests_engines.vllm.engine_run", str(source), str(target)],
+                [python, "-m", "tests_engines.vllm.engine_run", str(source), str(target)],
                 stdout=words, stderr=subprocess.STDOUT, cwd=ROOT,
-                env=clean(**listening, **environ), start_new_session=True,
+                env=clean(**listening, **(environ or {})), start_new_session=True,
             )
         ) as process:  # fmt: skip
             status = process.wait(timeout_s)

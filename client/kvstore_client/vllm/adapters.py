@@ -15,25 +15,18 @@ _log = logging.getLogger("kvstore.vllm.adapters")
 
 
 class Adapter:
-    """One adapter as the engine has it, by vLLM's number. Used by the scheduler's thread alone."""
+    """One adapter as the engine has it, by vLLM's number."""
 
     def __init__(self, path: str, content: "Future[str]") -> None:
         self.path = path
         self.certain = True
         """False: its files have changed, or cannot be read."""
         self._content = content
-        self._after: Future[str] | None = None
-        """Read after a step with it had run, so that the engine has read the files before."""
 
     @property
     def content(self) -> bytes:
         """What names its weights. Only for one that was `compare`d."""
         return self._content.result().encode()
-
-    @property
-    def confirmed(self) -> bool:
-        """Whether the files were the same before the engine read them and after."""
-        return self._after is not None and self._after.done() and self.compare(self._after)
 
     def compare(self, check: "Future[str]") -> bool:
         """Whether a later reading, which has ended, found what the first one found."""
@@ -46,11 +39,6 @@ class Adapter:
             )
         return self.certain
 
-    def ran(self, read: "Callable[[str], Future[str]]") -> None:
-        """A step with it has run: from here on the engine has what it read."""
-        if self._after is None:
-            self._after = read(self.path)
-
     def _problem(self, check: "Future[str]") -> str:
         for reading in (self._content, check):
             if reading.cancelled() or (error := reading.exception()) is not None:
@@ -61,27 +49,33 @@ class Adapter:
 
 
 class Use:
-    """The use of an adapter by one request."""
+    """The use of an adapter by one request.
 
-    def __init__(self, adapter: Adapter, check: "Future[str]", adapters: "Adapters") -> None:
+    The engine drops adapters that rest and reads them again, so each request may meet other files:
+    they are compared before it runs and after.
+    """
+
+    def __init__(self, adapter: Adapter, before: "Future[str]", adapters: "Adapters") -> None:
         self._adapter = adapter
-        self._check = check
+        self._before = before
+        self._after: Future[str] | None = None
         self._adapters = adapters
 
     @property
     def known(self) -> bool:
         """Whether it is settled by now which weights this request will meet."""
-        return self._check.done()
+        return self._before.done()
 
     @property
     def certain(self) -> bool:
         """Whether they have a name. False as long as that is not known."""
-        return self.known and self._adapter.compare(self._check)
+        return self.known and self._adapter.compare(self._before)
 
     @property
     def savable(self) -> bool:
         """Whether what was computed with them has a name."""
-        return self.certain and self._adapter.confirmed
+        after = self._after
+        return self.certain and after is not None and after.done() and self._adapter.compare(after)
 
     @property
     def content(self) -> bytes:
@@ -89,8 +83,9 @@ class Use:
         return self._adapter.content
 
     def ran(self) -> None:
-        """A step of this request has run."""
-        self._adapter.ran(self._adapters.read)
+        """A step of this request has run, so that the engine has read what it uses."""
+        if self._after is None:
+            self._after = self._adapters.read(self._adapter.path)
 
 
 class Adapters:

@@ -13,7 +13,6 @@ from kvstore_client.vllm.questions import Question
 class Loading:
     """A load that the engine waits for."""
 
-    question: Question
     keys: tuple[bytes, ...]
     pages: frozenset[int]
     beside: bool
@@ -31,10 +30,13 @@ class Asked:
     """Of an adapter."""
     chain: Chain | None = None
     question: Question | None = None
+    came_s: float = 0.0
     attempt: int = 0
     """Questions so far."""
     preemptions: int = 0
     """When the question was asked."""
+    named: bool = True
+    """False: what it computes rests on KV that is not what its keys say, or may not be."""
     gave_up: bool = False
     """The node or a load has failed: what is left is computed."""
     held: int = 0

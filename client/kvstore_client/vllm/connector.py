@@ -112,7 +112,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         message = self._scheduler.loads_of_step()
         try:
             self._scheduler.fill(message, scheduler_output)
-        except Exception:
+        except Exception:  # noqa: BLE001
             # The loads go out whatever becomes of the saves: the engine waits for them.
             message.saves.clear()
             tell(self.tally, "build_connector_meta")
@@ -225,6 +225,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     ) -> ConnectorMetrics:
         """The counters at vLLM's Prometheus endpoint."""
         return ConnectorMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @guarded(lambda: False)
+    def reset_cache(self) -> bool:
+        """Nothing that was stored before is loaded from now on."""
+        if self._scheduler is not None:
+            self._scheduler.reset()
+        return True
 
     def take_events(self) -> Iterable[Any]:
         """None: vLLM's own events tell of the blocks that come to lie in its cache."""

@@ -9,8 +9,8 @@ MAX_NAMES = 1 << 16
 FRESH_S = 300.0
 """A node may forget, or start anew; after this long a block is offered again."""
 
-Name = tuple[int, bytes]
-"""A group and a key."""
+Name = tuple[bytes, bytes]
+"""A space and a key."""
 
 
 class Held:
@@ -22,27 +22,27 @@ class Held:
         self._until_s: dict[Name, float] = {}
         self._under_way: set[Name] = set()
 
-    def lacking(self, group: int, keys: Iterable[bytes]) -> list[bool]:
+    def lacking(self, space_id: bytes, keys: Iterable[bytes]) -> list[bool]:
         """For each key whether it should be saved."""
         now_s = self._clock.monotonic_s()
         with self._lock:
             return [
-                (group, key) not in self._under_way
-                and self._until_s.get((group, key), 0.0) <= now_s
+                (space_id, key) not in self._under_way
+                and self._until_s.get((space_id, key), 0.0) <= now_s
                 for key in keys
             ]
 
-    def begun(self, group: int, keys: Iterable[bytes]) -> None:
+    def begun(self, space_id: bytes, keys: Iterable[bytes]) -> None:
         """These are on their way to the node; `ended` follows."""
         with self._lock:
-            self._under_way.update((group, key) for key in keys)
+            self._under_way.update((space_id, key) for key in keys)
 
-    def ended(self, group: int, keys: Iterable[bytes], held: Iterable[bool]) -> None:
+    def ended(self, space_id: bytes, keys: Iterable[bytes], held: Iterable[bool]) -> None:
         """The node was given these, and holds some of them."""
         until_s = self._clock.monotonic_s() + FRESH_S
         with self._lock:
             for key, is_held in zip(keys, held, strict=True):
-                name = (group, key)
+                name = (space_id, key)
                 self._under_way.discard(name)
                 self._until_s.pop(name, None)
                 if is_held:

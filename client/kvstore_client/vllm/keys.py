@@ -14,15 +14,26 @@ class Chain:
 
     def __init__(self, hashes_per_unit: int, content: bytes = b"") -> None:
         self.keys: list[bytes] = []
+        self._adopted: list[bytes] = []
+        """The hash that each of them was made from."""
         self._hashes_per_unit = hashes_per_unit
         self._content = content
 
-    def grow(self, hashes: Sequence[bytes]) -> int:
-        """Takes in the hashes that have come since; how many keys there are now."""
+    def follow(self, hashes: Sequence[bytes]) -> int:
+        """Takes over what has come since; how many of the old keys still hold.
+
+        All do, but for a session whose last answer gives way to its next question.
+        """
         step = self._hashes_per_unit
-        for index in range(len(self.keys), len(hashes) // step):
-            self.keys.append(adopted_key(hashes[(index + 1) * step - 1], self._content))
-        return len(self.keys)
+        kept = min(len(self.keys), len(hashes) // step)
+        while kept and hashes[kept * step - 1] != self._adopted[kept - 1]:
+            kept -= 1
+        del self.keys[kept:], self._adopted[kept:]
+        for index in range(kept, len(hashes) // step):
+            adopted = hashes[(index + 1) * step - 1]
+            self._adopted.append(adopted)
+            self.keys.append(adopted_key(adopted, self._content))
+        return kept
 
     def before(self, index: int) -> bytes:
         """The key of the parent of block `index`; empty for the first."""

@@ -40,6 +40,8 @@ class Group:
     """Pages of the group's block table in one unit."""
     offered: bool = False
     """States are where the engine offers them, and nowhere else."""
+    spec: str = ""
+    """All that vLLM says of the group's pages: heads, sizes, element types."""
 
     def block_pages(self, table: Sequence[int], index: int) -> Pages:
         """The pages of block `index` in a request's block table, those behind its end as 0."""
@@ -61,11 +63,8 @@ class Layout:
     hashes_per_unit: int
     """Block hashes of vLLM in one unit."""
     groups: tuple[Group, ...]
-
-    @property
-    def single(self) -> bool:
-        """Whether vLLM can be told of single pages that failed to load."""
-        return len(self.groups) == 1
+    single: bool
+    """Whether vLLM can be told of single pages that failed to load: it has one group in all."""
 
     @property
     def divisible(self) -> bool:
@@ -87,7 +86,8 @@ def layout_of(vllm_config: Any, kv_cache_config: Any) -> Layout:
     )
     if not groups:
         raise ValueError("this model has no KV cache group that could be stored")
-    return Layout(unit_tokens, unit_tokens // hash_tokens, groups)
+    single = len(kv_cache_config.kv_cache_groups) == 1
+    return Layout(unit_tokens, unit_tokens // hash_tokens, groups, single)
 
 
 def _group(number: int, group: Any, unit_tokens: int) -> Group:
@@ -99,7 +99,7 @@ def _group(number: int, group: Any, unit_tokens: int) -> Group:
     stride = unit_tokens // page_tokens
     layers = tuple(group.layer_names)
     if kind in _ALL:
-        return Group(number, layers, MatchRule.ALL, 0, stride, 0, stride)
+        return Group(number, layers, MatchRule.ALL, 0, stride, 0, stride, spec=repr(spec))
     if kind is KVCacheSpecKind.MAMBA:
         if spec.mamba_cache_mode == "none":
             raise ValueError(
@@ -107,7 +107,7 @@ def _group(number: int, group: Any, unit_tokens: int) -> Group:
                 "add --enable-prefix-caching (enable_prefix_caching=True)"
             )
         offered = spec.mamba_cache_mode == "align"
-        return Group(number, layers, MatchRule.BOUNDARY, 0, 1, 0, stride, offered)
+        return Group(number, layers, MatchRule.BOUNDARY, 0, 1, 0, stride, offered, repr(spec))
     if kind in _WINDOW:
         reach = spec.sliding_window - 1 + spec.extra_retained_tokens
     elif kind is KVCacheSpecKind.CHUNKED_LOCAL_ATTENTION:
@@ -117,4 +117,7 @@ def _group(number: int, group: Any, unit_tokens: int) -> Group:
     reach = max(1, reach)
     needed = math.ceil(min(reach, unit_tokens) / page_tokens)
     trailing = math.ceil(reach / unit_tokens)
-    return Group(number, layers, MatchRule.TRAILING, trailing, stride, stride - needed, stride)
+    spare = stride - needed
+    return Group(
+        number, layers, MatchRule.TRAILING, trailing, stride, spare, stride, spec=repr(spec)
+    )

@@ -59,7 +59,7 @@ class Loads:
         tally: Tally,
         *,
         single: bool,
-        on_loaded: Callable[[int, Sequence[bytes]], None],
+        on_loaded: Callable[[bytes, Sequence[bytes]], None],
     ) -> None:
         self._client = client
         self._groups = groups
@@ -102,8 +102,13 @@ class Loads:
     def fail(self, load: Load) -> None:
         """Ends a load that could not begin."""
         with self._changed:
-            self._results.finished.add(load.request_id)
-            self._results.failed.add(load.request_id)
+            if load.beside:
+                self._results.finished.add(load.request_id)
+                self._results.failed.add(load.request_id)
+            else:
+                self._results.bad_pages.update(load.lost_pages)
+                for run in load.runs:
+                    self._results.bad_pages.update(pages_of(run))
         self._tally.add("loads", label="failed")
 
     def take(self, wait_s: float = 0.0) -> LoadResults:
@@ -145,7 +150,7 @@ class Loads:
                     counts[number] = self._load_run(job, run, side)
                     if counts[number] < len(run.keys):
                         break
-        except Exception:
+        except Exception:  # noqa: BLE001  the thread's edge: a lost load is computed
             # Whatever it was: the request computes what it lacks.
             _log.exception("a load of %d runs failed", len(job.load.runs))
             self._tally.add("errors", label="load")
@@ -189,7 +194,7 @@ class Loads:
                     job.tiers.append(loaded.tier)
                     self._tally.add("loaded_blocks", label=loaded.tier)
                     self._tally.add("loaded_bytes", space.block_bytes, loaded.tier)
-                self._on_loaded(run.group, run.keys[first + arrived : first + end])
+                self._on_loaded(space.space_id, run.keys[first + arrived : first + end])
                 arrived = end
         return arrived
 
@@ -200,13 +205,17 @@ class Loads:
         whole = all(count == len(run.keys) for count, run in zip(counts, runs, strict=True))
         if whole:
             results.times.append(LoadTime(tuple(job.tiers), seconds))
-        elif self._single and any(counts):
-            results.bad_pages.update(
-                page for pages in runs[0].pages[counts[0] :] for page in pages if page
-            )
+        elif self._single:
+            for count, run in zip(counts, runs, strict=True):
+                results.bad_pages.update(pages_of(run, count))
         else:
             results.failed.add(job.load.request_id)
         self._tally.add("loads", label="whole" if whole else "part" if any(counts) else "failed")
 
     def _left_s(self, job: _Job) -> float:
         return job.until_s - self._clock.monotonic_s()
+
+
+def pages_of(run: Run, first: int = 0) -> set[int]:
+    """The pages of a run's blocks from one of them on."""
+    return {page for pages in run.pages[first:] for page in pages if page}

@@ -36,6 +36,8 @@ class Load:
     lease_id: bytes = b""
     beside: bool = True
     """Whether the engine goes on meanwhile."""
+    lost_pages: tuple[int, ...] = ()
+    """Of a load without runs, within a step: what the request takes for loaded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,8 @@ class GroupPages:
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
         # From pinned memory: any other copy would wait for all that is enqueued before it.
-        return torch.tensor(values, pin_memory=True).to(self.device, non_blocking=True)
+        index = torch.tensor(values, pin_memory=self.device.type == "cuda")
+        return index.to(self.device, non_blocking=True)
 
 
 def page_views(cache: torch.Tensor, page_count: int, page_bytes: int) -> torch.Tensor:
@@ -120,9 +121,8 @@ def page_views(cache: torch.Tensor, page_count: int, page_bytes: int) -> torch.T
     kernel_blocks = cache.shape[0] // page_count
     item = cache.element_size()
     stride = cache.stride(0) * item * kernel_blocks
-    if not page_bytes <= stride:
-        raise ValueError(f"pages of {page_bytes} bytes, {stride} bytes apart")
-    if cache.dim() > 2 and not _dense(cache[0]):
+    split = kernel_blocks > 1 and stride != page_bytes
+    if split or stride < page_bytes or (cache.dim() > 2 and not _dense(cache[0])):
         raise ValueError(
             "a page is not one run of bytes; set VLLM_KV_CACHE_LAYOUT to a layout whose outer "
             "axes are layer and block (BLHNC, BLNHC, LBHNC, LBNHC)"

@@ -34,7 +34,7 @@ def runs_to_load(
 
 
 def runs_to_save(layout: Layout, chain: Chain, tables: Tables, first: int, end: int) -> list[Run]:
-    """The blocks `first` … `end` that are whole; states that the engine offers are not among them."""
+    """The blocks `first` … `end` that are whole, but for states that the engine offers."""
     runs = []
     for place, group in enumerate(layout.groups):
         if group.offered:

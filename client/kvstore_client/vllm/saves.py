@@ -33,7 +33,6 @@ _log = logging.getLogger("kvstore.vllm.saves")
 class _Copy:
     """Consecutive blocks that were copied out, or will have been after `made`."""
 
-    group: int
     space: Space
     keys: tuple[bytes, ...]
     buffers: list[torch.Tensor]
@@ -80,19 +79,21 @@ class Saves:
         if not saves:
             return
         self._side.after(engine_mark(self._device))
-        for save in saves:
-            for run in save.runs:
-                self._save_run(run, spaces[run.group], save.hint)
-        self._unfenced = self._side.mark()
+        try:
+            for save in saves:
+                for run in save.runs:
+                    self._save_run(run, spaces[run.group], save.hint)
+        finally:
+            self._unfenced = self._side.mark()
 
     def fence(self) -> None:
         """What the engine enqueues from now on runs after the copies."""
         engine_waits(self._device, self._unfenced)
         self._unfenced = None
 
-    def known(self, group: int, keys: Sequence[bytes]) -> None:
+    def known(self, space_id: bytes, keys: Sequence[bytes]) -> None:
         """The node has just given these, so it need not be given them. Any thread may call."""
-        self._held.ended(group, keys, [True] * len(keys))
+        self._held.ended(space_id, keys, [True] * len(keys))
 
     def forget(self) -> None:
         """The node may have lost what it held."""
@@ -111,7 +112,7 @@ class Saves:
         return self._uploads.drain(timeout_s)
 
     def _save_run(self, run: Run, space: Space, hint: ReuseHint | None) -> None:
-        wanted = self._held.lacking(run.group, run.keys)
+        wanted = self._held.lacking(space.space_id, run.keys)
         first = 0
         while first < len(wanted):
             end = first
@@ -140,8 +141,8 @@ class Saves:
                 raise
             parent = run.keys[first - 1] if first else run.parent_key
             keys = run.keys[first:last]
-            self._held.begun(run.group, keys)
-            copy = _Copy(run.group, space, keys, buffers, parent, hint, made)
+            self._held.begun(space.space_id, keys)
+            copy = _Copy(space, keys, buffers, parent, hint, made)
             if self._thread is None:
                 self._offer(copy)
             else:
@@ -150,8 +151,13 @@ class Saves:
 
     def _offer_made(self) -> None:
         while (copy := self._made.get()) is not None:
-            copy.made.synchronize()
-            self._offer(copy)
+            try:
+                copy.made.synchronize()
+            except Exception:  # noqa: BLE001  the thread's edge: a lost copy is not saved
+                self._tally.add("errors", label="copy")
+                self._ended(copy, [False] * len(copy.keys))
+            else:
+                self._offer(copy)
 
     def _offer(self, copy: _Copy) -> None:
         def done(held: list[bool]) -> None:
@@ -169,7 +175,7 @@ class Saves:
             self._ended(copy, [False] * len(copy.keys))
 
     def _ended(self, copy: _Copy, held: list[bool]) -> None:
-        self._held.ended(copy.group, copy.keys, held)
+        self._held.ended(copy.space.space_id, copy.keys, held)
         self._staging.give(copy.buffers)
         count = sum(held)
         if count:

@@ -2,23 +2,21 @@
 
 import hashlib
 import logging
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, wait
+from typing import Any
 
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore.api.clock import Clock, SystemClock
-from kvstore.api.space import SpaceDescriptor
 from kvstore.api.wire import MAX_KEYS
 from kvstore_client.client import Client
 from kvstore_client.restore_gate import RestoreGate
-from kvstore_client.space import Space
 from kvstore_client.vllm.adapters import Adapters
 from kvstore_client.vllm.asked import Asked, Loading
 from kvstore_client.vllm.hints import hint_at_end, hint_of
+from kvstore_client.vllm.home import Home
 from kvstore_client.vllm.keys import Chain
 from kvstore_client.vllm.layout import Layout
 from kvstore_client.vllm.metadata import Handshake, Load, Run, Save, StepMessage, WorkerReport
@@ -32,14 +30,12 @@ from kvstore_client.vllm.plan import (
     tiers_of,
 )
 from kvstore_client.vllm.questions import Question, State, ask
-from kvstore_client.vllm.spaces import of_rank, revision_of, spaces_of
-from kvstore_client.vllm.stats import ConnectorStats, Tally
+from kvstore_client.vllm.spaces import has_draft_model
+from kvstore_client.vllm.stats import ConnectorStats, LossCount, Tally
 from kvstore_client.vllm.steps import StepTimes
 
 IDLE_WAIT_S = 0.001
 """In a step without tokens the engine would turn round at once; the client's thread can use it."""
-REVISION_WAIT_S = 5.0
-"""How long the start of the engine waits for the name of its weights."""
 MAX_HINTED_SPACES = 16
 """An engine of more spaces than this says nothing at a request's end."""
 
@@ -49,7 +45,6 @@ _SOURCES = {
     "peer": CacheHitSource.P2P,
 }
 _log = logging.getLogger("kvstore.vllm")
-Answer = TypeVar("Answer")
 
 
 class SchedulerSide:
@@ -75,42 +70,41 @@ class SchedulerSide:
         self._may_load = bool(transfer.is_kv_consumer)
         self._may_save = bool(transfer.is_kv_producer)
         self._engine_id = str(transfer.engine_id)
-        self._beside = options.load_async or not layout.single
+        # Within a step only where its outcome is known before the next one is scheduled.
+        self._beside = (
+            options.load_async or not layout.single or vllm_config.max_concurrent_batches > 1
+        )
         self._caches = bool(vllm_config.cache_config.enable_prefix_caching)
-        speculative = vllm_config.speculative_config
-        drafts = speculative is not None and speculative.draft_model_config is not None
+        drafts = has_draft_model(vllm_config)
         # A draft model's part of a block may still change while the request decodes.
         self._saves_output = options.save_output and not drafts
-        replicas = max(1, kv_cache_config.kv_tp_replicas)
-        self._ranks = max(1, vllm_config.parallel_config.tensor_parallel_size // replicas)
         self._client = client or options.connect()
+        self._losses = LossCount(self._client.counters, tally)
         self._adapters = Adapters()
-        self._revision = _in_background(lambda: revision_of(vllm_config, options.model_revision))
-        self._handshake: Handshake | None = None
-        self._descriptors: tuple[SpaceDescriptor, ...] = ()
-        self._spaces: list[Space] = []
+        revision = options.model_revision
+        self._home = Home(vllm_config, kv_cache_config, layout, self._client, revision)
         self._gate: RestoreGate | None = None
         self._steps = StepTimes(self._clock, layout.unit_tokens)
         self._asked: dict[str, Asked] = {}
         self._loads: list[Load] = []
         """Of this step, for the workers."""
-        self._loading: dict[bytes, Loading] = {}
-        """By the keys that they bring."""
+        self._loading: dict[str, Asked] = {}
+        """The requests that wait for a load."""
+        self._coming: dict[bytes, Loading] = {}
+        """The loads under way by the keys that they bring."""
 
     def shake_hands(self, handshakes: Mapping[int, Handshake]) -> None:
         """Takes what the workers know of their KV caches. Raises ValueError if they differ, or if
         the weights have no name."""
-        if len(set(handshakes.values())) != 1:
-            raise ValueError(f"the workers' KV caches differ: {dict(handshakes)}")
-        self._handshake = next(iter(handshakes.values()))
-        wait([self._revision], REVISION_WAIT_S)
+        self._home.shake_hands(handshakes)
         self._ready()
 
     def new_request(self, request: Any) -> None:
         """A request has come."""
         lora = request.lora_request
         use = self._adapters.use(lora) if lora is not None else None
-        self._asked[request.request_id] = Asked(request, hint_of(request), use)
+        now_s = self._clock.monotonic_s()
+        self._asked[request.request_id] = Asked(request, hint_of(request), use, came_s=now_s)
 
     def matched(self, request: Any, held_tokens: int) -> tuple[int | None, bool]:
         """How many tokens beyond those held can be loaded, and whether the engine goes on
@@ -119,7 +113,8 @@ class SchedulerSide:
         if asked is None or not self._loadable(asked):
             return 0, False
         if asked.use is not None and not asked.use.known:
-            return None, False
+            late_s = asked.came_s + self._options.match_budget_s
+            return (None if self._clock.monotonic_s() < late_s else 0), False
         if request.num_preemptions != asked.preemptions:
             asked.drop_question()
             asked.preemptions = request.num_preemptions
@@ -147,8 +142,13 @@ class SchedulerSide:
         try:
             self._plan_load(asked, tables, tokens)
         except Exception:
-            # The engine waits for this load from now on, so it must hear of its end.
-            self._loads.append(Load(request.request_id, (), beside=self._beside))
+            # The engine takes these tokens for loaded from now on, so it must hear that they are
+            # not, and nothing be saved before it has.
+            lost = tuple(page for table in tables for page in table if page)
+            if asked is not None:
+                asked.loading = Loading((), frozenset(lost), self._beside, failed=True)
+                self._loading[request.request_id] = asked
+            self._loads.append(Load(request.request_id, (), beside=self._beside, lost_pages=lost))
             raise
 
     def sources(self, request: Any, tokens: int) -> dict[CacheHitSource, int]:
@@ -164,7 +164,7 @@ class SchedulerSide:
     def loads_of_step(self) -> StepMessage:
         """The message of this step, with the loads that begin in it."""
         loads, self._loads = self._loads, []
-        return StepMessage(self._descriptors, loads)
+        return StepMessage(self._home.descriptors, loads)
 
     def fill(self, message: StepMessage, output: Any) -> None:
         """Adds to the message what this step completes."""
@@ -172,7 +172,7 @@ class SchedulerSide:
         message.idle = not output.total_num_scheduled_tokens
         self._steps.begins(scheduled, self._gate)
         if self._may_save and self._ready():
-            message.spaces = self._descriptors
+            message.spaces = self._home.descriptors
             message.saves += self._saves(scheduled, output.kv_connector_block_state)
         if message.idle:
             self._let_others_run()
@@ -181,10 +181,9 @@ class SchedulerSide:
         """The workers have reported what ended with a step."""
         failed, bad = output.failed_recving or (), output.invalid_block_ids or ()
         ended = output.finished_recving or ()
-        for request_id, asked in list(self._asked.items()):
+        for request_id, asked in list(self._loading.items()):
             loading = asked.loading
-            if loading is None:
-                continue
+            assert loading is not None
             if request_id in failed or not loading.pages.isdisjoint(bad):
                 loading.failed = True
             if request_id in ended or not loading.beside:
@@ -205,8 +204,19 @@ class SchedulerSide:
             asked.drop_question()
             del self._asked[request.request_id]
 
+    def reset(self) -> None:
+        """Nothing that was stored before is loaded from now on: the weights may be others.
+
+        What is stored from now on is this engine's alone, for its weights have no name any more.
+        """
+        for asked in self._asked.values():
+            asked.named = False
+            self._give_up(asked)
+        self._home.move()
+
     def stats(self) -> ConnectorStats | None:
         """What was counted since the last time; None if nothing was."""
+        self._losses.update()
         counts = self._tally.take()
         return ConnectorStats(data=counts) if counts else None
 
@@ -219,22 +229,11 @@ class SchedulerSide:
         self._client.close()
 
     def _ready(self) -> bool:
-        """Whether the spaces are known. Raises ValueError if the weights have no name."""
-        if self._spaces:
-            return True
-        if self._handshake is None or not self._revision.done():
+        """Whether there is anywhere to look. Raises ValueError if the weights have no name."""
+        if not self._home.ready():
             return False
-        self._descriptors = spaces_of(
-            self._vllm_config, self._layout, self._handshake, self._revision.result(), self._ranks
-        )
-        self._spaces = [
-            Space.of(of_rank(descriptor, rank))
-            for descriptor in self._descriptors
-            for rank in range(self._ranks)
-        ]
-        if self._options.restore_gate:
-            self._gate = RestoreGate(self._layout.unit_tokens, sum(self._handshake.block_bytes))
-        _log.info("%d spaces, blocks of %d tokens", len(self._spaces), self._layout.unit_tokens)
+        if self._gate is None and self._options.restore_gate:
+            self._gate = RestoreGate(self._layout.unit_tokens, self._home.block_bytes)
         return True
 
     def _loadable(self, asked: Asked) -> bool:
@@ -248,7 +247,7 @@ class SchedulerSide:
         if asked.chain is None:
             content = asked.use.content if asked.use is not None else b""
             asked.chain = Chain(self._layout.hashes_per_unit, content)
-        asked.chain.grow(asked.request.block_hashes)
+        asked.saved = min(asked.saved, asked.chain.follow(asked.request.block_hashes))
         return asked.chain
 
     def _answer(self, asked: Asked, held: int, limit: int) -> int | None:
@@ -283,7 +282,7 @@ class SchedulerSide:
         return ask(
             self._client,
             self._clock,
-            self._spaces,
+            self._home.spaces,
             self._chain(asked).keys[:limit],
             self._options,
             request_id=hashlib.sha256(name.encode()).digest(),
@@ -318,7 +317,7 @@ class SchedulerSide:
             self._give_up(asked)
             return held
         keys = self._chain(asked).keys[held:blocks]
-        asked.waiting_for = next((self._loading[key] for key in keys if key in self._loading), None)
+        asked.waiting_for = next((self._coming[key] for key in keys if key in self._coming), None)
         return blocks if asked.waiting_for is None else None
 
     def _give_up(self, asked: Asked) -> None:
@@ -335,34 +334,48 @@ class SchedulerSide:
             self._tally.add("matched_tokens", self._layout.unit_tokens, tier)
         pages = frozenset(page for run in runs for block in run.pages for page in block if page)
         keys = tuple(chain.keys[asked.held : total])
-        asked.loading = Loading(question, keys, pages, self._beside)
+        asked.loading = Loading(keys, pages, self._beside)
+        self._loading[asked.request.request_id] = asked
         for key in keys:
-            self._loading.setdefault(key, asked.loading)
+            self._coming.setdefault(key, asked.loading)
         lease_id = question.match.lease_id
         self._loads.append(Load(asked.request.request_id, runs, lease_id, self._beside))
 
     def _load_ended(self, request_id: str, asked: Asked, loading: Loading) -> None:
         loading.ended = True
         for key in loading.keys:
-            if self._loading.get(key) is loading:
-                del self._loading[key]
+            if self._coming.get(key) is loading:
+                del self._coming[key]
         asked.loading = None
+        del self._loading[request_id]
         asked.drop_question()
         if loading.failed:
             asked.gave_up = True
             asked.saved = 0
+            if not loading.beside:
+                # Others had these pages at once, as hits of the engine's own cache.
+                for other in self._asked.values():
+                    other.named = other.named and other is asked
         if asked.finished:
             del self._asked[request_id]
 
     def _saves(self, scheduled: Mapping[str, int], state: Any) -> list[Save]:
-        saves = []
+        saves: list[Save] = []
+        if any(not asked.loading.beside for asked in self._loading.values() if asked.loading):
+            # It is not known yet whether pages that are loaded within this step hold what they
+            # should, and other requests may have them at once.
+            return saves
         offers: Mapping[str, list[Offer]] = state.boundary_state_offloads
         for request_id in {**scheduled, **offers}:
             asked = self._asked.get(request_id)
-            tables = state.get_block_ids(request_id)
-            if asked is None or tables is None or not self._savable(asked):
+            if asked is None or not self._savable(asked):
                 continue
-            runs = self._completed(asked, scheduled.get(request_id, 0), tables)
+            runs: list[Run] = []
+            first, end = self._completed(asked, scheduled.get(request_id, 0))
+            # The engine copies the whole table for whoever asks, so few do.
+            if end > first and (tables := state.get_block_ids(request_id)) is not None:
+                asked.saved = end
+                runs += runs_to_save(self._layout, self._chain(asked), tables, first, end)
             runs += runs_offered(self._layout, self._chain(asked), offers.get(request_id, ()))
             if runs:
                 saves.append(Save(tuple(runs), asked.hint))
@@ -370,8 +383,7 @@ class SchedulerSide:
 
     def _savable(self, asked: Asked) -> bool:
         """Whether what this step computes of a request is right, and has a name."""
-        if asked.loading is not None:
-            # Loaded within this step, or the one before: it is not known yet whether that failed.
+        if asked.loading is not None or not asked.named:
             return False
         if asked.use is None:
             return True
@@ -382,8 +394,8 @@ class SchedulerSide:
             asked.use.ran()
         return asked.use.savable
 
-    def _completed(self, asked: Asked, tokens: int, tables: Tables) -> list[Run]:
-        """The blocks that are whole after so many more tokens, and were not before.
+    def _completed(self, asked: Asked, tokens: int) -> tuple[int, int]:
+        """From and up to which block the chain is whole after so many more tokens, and new.
 
         Drafted tokens that may yet be rejected have no hash, so no block with one has a key.
         """
@@ -392,8 +404,7 @@ class SchedulerSide:
         if not self._saves_output:
             end = min(end, request.num_prompt_tokens // unit)
         end = min(end, len(self._chain(asked).keys))
-        first, asked.saved = asked.saved, max(asked.saved, end)
-        return runs_to_save(self._layout, self._chain(asked), tables, first, end)
+        return asked.saved, end
 
     def _hint_end(self, asked: Asked) -> None:
         """Tells the node what the end of a request says of its chain's future."""
@@ -402,8 +413,8 @@ class SchedulerSide:
         if hint is None or not self._options.finish_hints or asked.chain is None:
             return
         keys = asked.chain.keys[:MAX_KEYS]
-        if keys and self._may_save and len(self._spaces) <= MAX_HINTED_SPACES:
-            for space in self._spaces:
+        if keys and self._may_save and len(self._home.spaces) <= MAX_HINTED_SPACES:
+            for space in self._home.spaces:
                 self._client.hint_soon(space, keys, hint, scope=self._options.scope)
 
     def _let_others_run(self) -> None:
@@ -414,17 +425,3 @@ class SchedulerSide:
         ]
         if waiting:
             wait(waiting, IDLE_WAIT_S, FIRST_COMPLETED)
-
-
-def _in_background(work: Callable[[], Answer]) -> "Future[Answer]":
-    """The outcome of work in a daemon thread: an engine that ends does not wait for it."""
-    outcome: Future[Answer] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except Exception as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="kvstore-revision", daemon=True).start()
-    return outcome

@@ -14,6 +14,8 @@ from kvstore_client.vllm.metadata import Handshake
 
 _NAMES = {"_name_or_path", "transformers_version"}
 """Fields of a model's configuration that say where it came from and not what it computes."""
+_FROM_TEXT = {"ngram", "ngram_gpu", "suffix"}
+"""Ways to guess the next tokens that need no model."""
 _MAX_TEXT = {"layout": 256, "rope_scaling": 1024, "numerics": 256, "quantization": 256}
 
 
@@ -23,6 +25,8 @@ def revision_of(vllm_config: Any, given: str) -> str:
     Raises ValueError if they have no name.
     """
     model = vllm_config.model_config
+    if not given and str(vllm_config.load_config.load_format) == "dummy":
+        raise ValueError("load_format dummy: these weights have no name; set model_revision")
     revision = given or model_revision(model.model, model.revision)
     draft = _draft_model(vllm_config)
     if draft is not None and draft.model != model.model:
@@ -65,13 +69,19 @@ def _common(vllm_config: Any, handshake: Handshake, revision: str) -> dict[str, 
         "revision": revision,
         "dtype": stored,
         "layout": _short("layout", handshake.layout),
-        "rope_scaling": _short("rope_scaling", _json(rope)),
+        "rope_scaling": _short("rope_scaling", _json(rope | _rope_length(rope, model))),
         "quantization": _short("quantization", str(model.quantization or "")),
         "numerics": _short(
             "numerics",
             f"{computed} {cache.prefix_caching_hash_algo} {_digest(_json(config))[:32]}",
         ),
     }
+
+
+def _rope_length(rope: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """LongRoPE has other factors where the engine may go beyond the length of training."""
+    long = any(name in _json(rope) for name in ("longrope", '"su"'))
+    return {"max_model_len": model.max_model_len} if long else {}
 
 
 def _model_name(model: str) -> str:
@@ -86,12 +96,19 @@ def _config(model: Any) -> Mapping[str, Any]:
 
 
 def _layer_group(group: Group) -> str:
-    return f"{len(group.layers)} layers {_digest(*group.layers)[:32]}"
+    return f"{len(group.layers)} layers {_digest(group.spec, *group.layers)[:32]}"
+
+
+def has_draft_model(vllm_config: Any) -> bool:
+    """Whether another model writes to the KV cache as well."""
+    return _draft_model(vllm_config) is not None
 
 
 def _draft_model(vllm_config: Any) -> Any:
     speculative = vllm_config.speculative_config
-    return speculative.draft_model_config if speculative is not None else None
+    if speculative is None or speculative.method in _FROM_TEXT:
+        return None
+    return speculative.draft_model_config
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -80,4 +80,4 @@ class Staging:
 
 def as_memory(buffer: torch.Tensor) -> memoryview:
     """The buffer as the client takes it, without a copy."""
-    return memoryview(buffer.numpy())
+    return memoryview(buffer.numpy())  # type: ignore[arg-type]

@@ -22,9 +22,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "matches": Metric("Questions to the node before a prefill, by what came of them", "result"),
     "match_seconds": Metric("Seconds that requests waited for the node's answer"),
-    "matched_tokens": Metric(
-        "Tokens found at the node and worth a load, by where they lay", "tier"
-    ),
+    "matched_tokens": Metric("Tokens found and worth a load, by where they lay", "tier"),
     "gated_tokens": Metric("Tokens found and computed all the same, because that is faster"),
     "loads": Metric("Loads of requests on each worker, by what came of them", "result"),
     "load_seconds": Metric("Seconds that loads took"),
@@ -60,6 +58,24 @@ class Tally:
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(counts)
+
+
+class LossCount:
+    """Brings what a client has lost into a tally."""
+
+    def __init__(self, losses: Counter[str], tally: Tally) -> None:
+        self._losses = losses
+        self._tally = tally
+        self._seen: dict[str, int] = {}
+
+    def update(self) -> list[str]:
+        """Adds what was lost since the last time; the names of that."""
+        losses = dict(self._losses)
+        new = [name for name, count in losses.items() if count > self._seen.get(name, 0)]
+        for name in new:
+            self._tally.add("losses", losses[name] - self._seen.get(name, 0), name)
+        self._seen = losses
+        return new
 
 
 class ConnectorStats(KVConnectorStats):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.space import SpaceDescriptor
 from kvstore_client.space import Space
+from kvstore_client.vllm.background import in_background
 from kvstore_client.vllm.kernels import describe_kernels
 from kvstore_client.vllm.layout import Group, Layout
 from kvstore_client.vllm.loads import LoadResults, Loads
@@ -18,7 +19,7 @@ from kvstore_client.vllm.options import ConnectorOptions
 from kvstore_client.vllm.pages import GroupPages, page_views
 from kvstore_client.vllm.saves import Saves
 from kvstore_client.vllm.spaces import of_rank
-from kvstore_client.vllm.stats import ConnectorStats, Tally
+from kvstore_client.vllm.stats import ConnectorStats, LossCount, Tally
 
 IDLE_WAIT_S = 0.001
 """In a step without tokens the engine would turn round at once; the threads here can use it."""
@@ -47,12 +48,14 @@ class WorkerSide:
         self._rank = (parallel.rank % parallel.tensor_parallel_size) // replicas
         self._writes = parallel.rank % replicas == 0
         self._client = options.connect()
+        # The first load shall meet an open channel.
+        in_background(self._client.health)
         self._handshake: Handshake | None = None
         self._loads: Loads | None = None
         self._saves: Saves | None = None
         self._spaces: dict[tuple[SpaceDescriptor, ...], list[Space]] = {}
         self._results = LoadResults()
-        self._losses: dict[str, int] = {}
+        self._losses = LossCount(self._client.counters, tally)
 
     @property
     def handshake(self) -> Handshake | None:
@@ -101,9 +104,6 @@ class WorkerSide:
         """Reports a load as failed that was never begun."""
         if self._loads is not None:
             self._loads.fail(load)
-        else:
-            self._results.finished.add(load.request_id)
-            self._results.failed.add(load.request_id)
 
     def save(self, message: StepMessage) -> None:
         """Saves what this step has completed, unless another rank does."""
@@ -138,13 +138,8 @@ class WorkerSide:
 
     def stats(self) -> ConnectorStats | None:
         """What was counted since the last time; None if nothing was."""
-        losses = dict(self._client.counters)
-        for name, count in losses.items():
-            if more := count - self._losses.get(name, 0):
-                self._tally.add("losses", more, name)
-                if name == "space_reopened" and self._saves is not None:
-                    self._saves.forget()
-        self._losses = losses
+        if "space_reopened" in self._losses.update() and self._saves is not None:
+            self._saves.forget()  # The node has started anew.
         counts = self._tally.take()
         return ConnectorStats(data=counts) if counts else None
 
