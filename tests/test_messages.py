@@ -128,6 +128,20 @@ async def test_an_answer_is_heard_in_place() -> None:
     await listening
 
 
+async def test_what_came_before_anybody_listened_is_heard() -> None:
+    """It was received by who waited in place; nothing else comes that would call attention to it."""
+    messages, there = one_end()
+    with there:
+        there.sendall(LENGTH.pack(5) + b"early")
+        messages.wait(30_000)
+        ears = Ears()
+        listening = asyncio.create_task(messages.listen(ears.hear))
+        async with asyncio.timeout(30):
+            assert await ears.count(1) == [b"early"]
+        messages.close()
+        await listening
+
+
 @pytest.mark.parametrize(
     ("said", "why"),
     [

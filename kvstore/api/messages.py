@@ -56,6 +56,7 @@ class Messages:
             return
         self._hear = hear
         self._attend()
+        self._hear_all()  # Who waited in place before may have received what nobody heard.
         try:
             await self._ended
         finally:
