@@ -212,13 +212,15 @@ async def test_the_end_of_an_answer_is_told(remote: NodeThread, start: Start) ->
     engine = await asyncio.to_thread(start, remote)
     await answers(engine, PROMPT)
     assert remote.node.calls["Hint"] == 0
+    heard: list[pb.HintRequest] = []
+
+    async def hearing(request: pb.HintRequest, context: object) -> None:
+        heard.append(request)
+
+    remote.node.play("Hint", hearing)
     await answers(engine, [1, *PROMPT], ends="stop", params={"kvstore": {"session_id": "s"}})
-
-    def hints() -> list[pb.HintRequest]:
-        return [each for each in list(remote.node.requests) if isinstance(each, pb.HintRequest)]
-
-    await asyncio.to_thread(_until, hints)
-    hint = hints()[0].hint
+    await asyncio.to_thread(_until, lambda: heard)
+    hint = heard[0].hint
     assert (hint.session_id, hint.reuse) == (b"s", Reuse.INTERACTIVE.value)
 
 
