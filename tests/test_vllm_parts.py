@@ -13,6 +13,7 @@ import torch
 
 from kvstore.api.hint import Reuse, ReuseHint
 from kvstore.api.space import MatchRule
+from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.match import Match, Run
 from tests.client_rig import hanging
 from tests.scripted_node import NodeThread
@@ -211,9 +212,15 @@ async def test_the_end_of_an_answer_is_told(remote: NodeThread, start: Start) ->
     engine = await asyncio.to_thread(start, remote)
     await answers(engine, PROMPT)
     assert remote.node.calls["Hint"] == 0
+    heard: list[pb.HintRequest] = []
+
+    async def hearing(request: pb.HintRequest, context: object) -> None:
+        heard.append(request)
+
+    remote.node.play("Hint", hearing)
     await answers(engine, [1, *PROMPT], ends="stop", params={"kvstore": {"session_id": "s"}})
-    await asyncio.to_thread(_until, lambda: remote.node.calls["Hint"] == 1)
-    hint = next(each for each in remote.node.requests if type(each).__name__ == "HintRequest").hint
+    await asyncio.to_thread(_until, lambda: heard)
+    hint = heard[0].hint
     assert (hint.session_id, hint.reuse) == (b"s", Reuse.INTERACTIVE.value)
 
 

@@ -198,3 +198,39 @@ def test_pages_are_named_only_where_the_engine_has_one_group_in_all(
 
     groups = [KVCacheGroupSpec(["a"], full()), KVCacheGroupSpec(["b"], full())]
     assert not layout_of(None, Some(10, groups)).single
+
+
+async def test_pages_of_a_failed_load_are_saved_by_no_request_that_comes_later(
+    node: NodeServer, start: Start
+) -> None:
+    """vLLM leaves them in its prefix cache while their request computes them again, in chunks."""
+    first = await asyncio.to_thread(start, node, [full()])
+    await answers(first, PROMPT)
+    engine = await asyncio.to_thread(start, node, [full()], settings={"load_async": False})
+
+    def steps() -> Any:
+        one = engine.add(PROMPT)
+        pages = list(range(1, 13))
+        assert matched(engine, one, 0) == (48, False)
+        one.tables, one.num_computed_tokens = [[*pages, 13]], 48
+        engine.scheduler.update_state_after_alloc(one, Blocks([pages]), 48)
+        engine.scheduler.build_connector_meta(step_of(engine, one))
+        outcome = SimpleNamespace(
+            finished_recving=set(),
+            failed_recving=set(),
+            invalid_block_ids=set(pages),
+            kv_connector_worker_meta=None,
+        )
+        engine.scheduler.update_connector_output(outcome)
+        one.num_computed_tokens = 0
+        late = engine.add(PROMPT)
+        assert matched(engine, late, 48) == (0, False)
+        late.tables, late.num_computed_tokens = [[*pages, 14]], 48
+        engine.scheduler.update_state_after_alloc(late, Blocks(late.tables), 0)
+        output = step_of(engine, one, late)
+        output.num_scheduled_tokens[one.request_id] = 4  # A chunk: one page of twelve.
+        return engine.scheduler.build_connector_meta(output)
+
+    message = await asyncio.to_thread(steps)
+    saved = {page for s in message.saves for r in s.runs for block in r.pages for page in block}
+    assert not saved & set(range(2, 13)), "these pages are not computed yet"

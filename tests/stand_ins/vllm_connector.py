@@ -80,6 +80,7 @@ class KVConnectorBase_V1(ABC):  # noqa: N801
         if vllm_config.kv_transfer_config is None:
             raise ValueError("kv_transfer_config must be set for KVConnectorBase_V1")
         self._connector_metadata: KVConnectorMetadata | None = None
+        self._kv_cache_manager: Any = None
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -19,6 +19,7 @@ from vllm.config import (
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1
 from vllm.lora.request import LoRARequest
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -160,6 +161,7 @@ READ = [
     ),
     (VllmConfig, ["max_concurrent_batches", "use_v2_model_runner", "speculative_config"]),
     (VllmConfig, ["load_config"]),
+    (KVCacheManager, ["evict_blocks"]),
     (VllmConfig, ["device_config", "kv_transfer_config", "parallel_config", "cache_config"]),
     (LoRARequest, ["lora_int_id", "lora_path", "load_inplace"]),
 ]

@@ -121,8 +121,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @guarded()
     def update_connector_output(self, connector_output: Any) -> None:
         """What has ended with a step."""
-        if self._scheduler is not None:
-            self._scheduler.step_ended(connector_output)
+        if self._scheduler is None:
+            return
+        spoiled = self._scheduler.step_ended(connector_output)
+        if spoiled and self._kv_cache_manager is not None:
+            # vLLM leaves them there, for the request that computes them again in its own time.
+            self._kv_cache_manager.evict_blocks(spoiled)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]

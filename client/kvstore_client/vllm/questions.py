@@ -50,11 +50,14 @@ class Question:
         now_s = self.clock.monotonic_s()
         if not self.future.done():
             return State.LATE if now_s > self.late_s else State.WAITING
-        if self.answered_s is None:
-            self.answered_s = now_s
-        if self.match.lease_id and now_s - self.answered_s > self.fresh_s:
+        answered_s = now_s if self.answered_s is None else self.answered_s
+        if self.match.lease_id and now_s - answered_s > self.fresh_s:
             return State.STALE
         return State.ANSWERED
+
+    def answered(self, _: object) -> None:
+        """The answer has come; its lease runs from here on. Called in the client's thread."""
+        self.answered_s = self.clock.monotonic_s()
 
     @property
     def match(self) -> Match:
@@ -65,8 +68,8 @@ class Question:
 
     @property
     def waited_s(self) -> float:
-        """How long the request waited for the answer."""
-        return max(0.0, (self.answered_s or self.clock.monotonic_s()) - self.asked_s)
+        """How long the answer took."""
+        return 0.0 if self.answered_s is None else self.answered_s - self.asked_s
 
     def drop(self) -> None:
         """Gives its lease back, also one that is still to come. Idempotent."""
@@ -100,4 +103,6 @@ def ask(
     )
     late_s = now_s + options.match_budget_s + GRACE_S
     fresh_s = max(0.0, options.lease_ms / 1000 - options.load_budget_s)
-    return Question(client, clock, held_blocks, now_s, late_s, fresh_s, future)
+    question = Question(client, clock, held_blocks, now_s, late_s, fresh_s, future)
+    future.add_done_callback(question.answered)
+    return question

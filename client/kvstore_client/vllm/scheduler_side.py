@@ -92,6 +92,8 @@ class SchedulerSide:
         """The requests that wait for a load."""
         self._coming: dict[bytes, Loading] = {}
         """The loads under way by the keys that they bring."""
+        self._spoiled: dict[str, frozenset[int]] = {}
+        """Pages of loads that failed within a step, by the request that computes them again."""
 
     def shake_hands(self, handshakes: Mapping[int, Handshake]) -> None:
         """Takes what the workers know of their KV caches. Raises ValueError if they differ, or if
@@ -177,8 +179,10 @@ class SchedulerSide:
         if message.idle:
             self._let_others_run()
 
-    def step_ended(self, output: Any) -> None:
-        """The workers have reported what ended with a step."""
+    def step_ended(self, output: Any) -> set[int]:
+        """The workers have reported what ended with a step. Answers the pages that the engine's
+        own prefix cache must not give to anybody."""
+        spoiled: set[int] = set()
         failed, bad = output.failed_recving or (), output.invalid_block_ids or ()
         ended = output.finished_recving or ()
         for request_id, asked in list(self._loading.items()):
@@ -188,10 +192,13 @@ class SchedulerSide:
                 loading.failed = True
             if request_id in ended or not loading.beside:
                 self._load_ended(request_id, asked, loading)
+                if loading.failed and not loading.beside:
+                    spoiled |= loading.pages
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport) and self._gate is not None:
             for time in report.load_times:
                 self._gate.loaded(time.tiers, time.seconds)
+        return spoiled
 
     def finished(self, request: Any) -> None:
         """A request has ended, well or not."""
@@ -199,6 +206,7 @@ class SchedulerSide:
         if asked is None:
             return
         asked.finished = True
+        self._spoiled.pop(request.request_id, None)
         self._hint_end(asked)
         if asked.loading is None:
             asked.drop_question()
@@ -353,9 +361,7 @@ class SchedulerSide:
             asked.gave_up = True
             asked.saved = 0
             if not loading.beside:
-                # Others had these pages at once, as hits of the engine's own cache.
-                for other in self._asked.values():
-                    other.named = other.named and other is asked
+                self._spoiled[request_id] = loading.pages
         if asked.finished:
             del self._asked[request_id]
 
@@ -374,12 +380,24 @@ class SchedulerSide:
             first, end = self._completed(asked, scheduled.get(request_id, 0))
             # The engine copies the whole table for whoever asks, so few do.
             if end > first and (tables := state.get_block_ids(request_id)) is not None:
+                if self._is_spoiled(request_id, tables):
+                    asked.named = False
+                    continue
                 asked.saved = end
                 runs += runs_to_save(self._layout, self._chain(asked), tables, first, end)
             runs += runs_offered(self._layout, self._chain(asked), offers.get(request_id, ()))
             if runs:
                 saves.append(Save(tuple(runs), asked.hint))
         return saves
+
+    def _is_spoiled(self, request_id: str, tables: Tables) -> bool:
+        """Whether it has pages, as hits of the engine's cache, that another one must compute."""
+        return any(
+            not pages.isdisjoint(table)
+            for owner, pages in self._spoiled.items()
+            if owner != request_id
+            for table in tables
+        )
 
     def _savable(self, asked: Asked) -> bool:
         """Whether what this step computes of a request is right, and has a name."""

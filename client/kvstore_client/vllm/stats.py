@@ -21,7 +21,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "matches": Metric("Questions to the node before a prefill, by what came of them", "result"),
-    "match_seconds": Metric("Seconds that requests waited for the node's answer"),
+    "match_seconds": Metric("Seconds that the node's answers took"),
     "matched_tokens": Metric("Tokens found and worth a load, by where they lay", "tier"),
     "gated_tokens": Metric("Tokens found and computed all the same, because that is faster"),
     "loads": Metric("Loads of requests on each worker, by what came of them", "result"),
