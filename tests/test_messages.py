@@ -129,7 +129,7 @@ async def test_an_answer_is_heard_in_place() -> None:
 
 
 async def test_what_came_before_anybody_listened_is_heard() -> None:
-    """It was received by who waited in place; nothing else comes that would call attention to it."""
+    """Who waited in place has received it; nothing else comes that would call attention to it."""
     messages, there = one_end()
     with there:
         there.sendall(LENGTH.pack(5) + b"early")

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -501,7 +503,74 @@ async def test_nothing_is_stored_or_restored_once_weights_were_replaced(
             with pytest.raises(ValueError, match="model_revision: the weights were replaced"):
                 attached(pool, config(node.endpoint, extra={"model_revision": ""})).__enter__()
             engine.serving.weight_version = "default"
+            assert backend.batch_exists(KEYS, START) == 0  # The pool may hold the others' pages.
+
+    await run(work)
+
+
+async def test_an_update_of_weights_without_a_name_is_noticed(
+    node: NodeServer, engine: Engine
+) -> None:
+    """SGLang then goes on calling them what it called the old ones."""
+
+    class SchedulerWeightUpdaterManager:
+        heard: ClassVar[list[str | None]] = []
+
+        def record_weight_version_after_update(self, weight_version: str | None) -> None:
+            self.heard.append(weight_version)
+
+    module = ModuleType("sglang.srt.managers.scheduler_components.weight_updater")
+    sys.modules[module.__name__] = module
+
+    def work() -> None:
+        pool = filled()
+        engine.publish()
+        with pytest.raises(ValueError, match="updates of this engine's weights would go unseen"):
+            attached(pool, config(node.endpoint)).__enter__()
+        vars(module)["SchedulerWeightUpdaterManager"] = SchedulerWeightUpdaterManager
+        with (
+            attached(pool, config(node.endpoint)),
+            attached(pool, config(node.endpoint)) as backend,
+        ):
+            assert all(backend.batch_set_v1(KEYS, STORED, START))
             assert backend.batch_exists(KEYS, START) == 4
+            SchedulerWeightUpdaterManager().record_weight_version_after_update(None)
+            assert SchedulerWeightUpdaterManager.heard == [None]
+            assert backend.batch_exists(KEYS, START) == 0
+            assert not any(backend.batch_get_v1(KEYS, LOADED, START))
+            assert not any(backend.batch_set_v1(["more"], STORED[:4], START))
+        with pytest.raises(ValueError, match="model_revision: the weights were replaced"):
+            attached(pool, config(node.endpoint, extra={"model_revision": ""})).__enter__()
+
+    await run(work)
+
+
+async def test_weights_that_are_not_those_of_the_path_need_a_name(
+    node: NodeServer, engine: Engine
+) -> None:
+    """An engine that starts with random weights must not be taken for the checkpoint."""
+    engine.publish(load_format="dummy")
+    with pytest.raises(ValueError, match="model_revision: with load_format dummy"):
+        attached(filled(), config(node.endpoint, extra={"model_revision": ""})).__enter__()
+    with attached(filled(), config(node.endpoint)):
+        pass
+
+
+async def test_closing_waits_for_copies_under_way(node: NodeServer, engine: Engine) -> None:
+    """They go to memory that the node gives to others when the client hangs up."""
+
+    def work() -> None:
+        with attached(filled(), config(node.endpoint)) as backend:
+            closer = threading.Thread(target=backend.close)
+            with backend._transfers._entered() as may_copy:
+                assert may_copy
+                closer.start()
+                while not backend._transfers._closing:
+                    time.sleep(0)  # Offers the interpreter's lock.
+                assert not backend._client.closed
+                assert not any(backend.batch_set_v1(KEYS, STORED, START))
+            closer.join()
+            assert backend._client.closed
 
     await run(work)
 

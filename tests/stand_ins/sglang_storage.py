@@ -200,6 +200,7 @@ class Engine:
             "model_path": "dummy", "revision": None, "json_model_override_args": "{}",
             "quantization": None, "kv_cache_dtype": "auto", "quantization_param_path": None,
             "enable_lora": None, "lora_paths": None, "weight_version": "default",
+            "load_format": "auto", "modelopt_quant": None, "rl_quant_profile": None,
             "speculative_draft_model_path": None, "speculative_draft_model_revision": None,
         }  # fmt: skip
         values |= changes

@@ -23,8 +23,9 @@ from kvstore_client.sglang.identity import adapters_content, descriptors
 from kvstore_client.sglang.options import SGLangOptions
 from kvstore_client.sglang.pages import HostPages, Parts, bytes_of
 from kvstore_client.sglang.promises import Promises
-from kvstore_client.sglang.serving import Serving, check_version, weight_version
+from kvstore_client.sglang.serving import Serving, check_version, weights_now
 from kvstore_client.sglang.transfers import PageTransfers
+from kvstore_client.sglang.updates import watch_updates
 from kvstore_client.space import Space
 
 _log = logging.getLogger("kvstore.engine.sglang")
@@ -45,8 +46,10 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
         self._options = SGLangOptions.of_extra_config(storage_config.extra_config)
         check_version(self._options.untested_engine)
         self._config = storage_config
+        watch_updates()
         self._serving = Serving.now()
-        self._weights = weight_version()
+        self._weights = weights_now()
+        self._replaced = False
         self._content = adapters_content(self._options, self._serving)
         self._clock = SystemClock()
         self._attached = False
@@ -229,7 +232,8 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
         return self._figures.counters + self._client.counters
 
     def close(self) -> None:
-        """Ends calls under way, which answer what they have, and the connection. Idempotent."""
+        """Waits for calls under way, which their budgets bound, and hangs up. Idempotent."""
+        self._transfers.close()
         self._client.close()
 
     # Both interfaces below.
@@ -314,13 +318,14 @@ class KVStoreBackend(HiCacheStorage):  # type: ignore[misc]
 
         What was stored is of the old ones, and what is computed now of the new ones.
         """
-        replaced = weight_version() != self._weights
-        if replaced:
+        # For good: pages that other weights have computed may still lie in the host pool.
+        self._replaced = self._replaced or weights_now() != self._weights
+        if self._replaced:
             if not self._figures.counters["stood_down"]:
                 _log.error(
                     "the engine's weights are now %r: nothing is stored or restored until the "
                     "backend is attached again with a model_revision of theirs",
-                    weight_version(),
+                    weights_now()[0],
                 )
             self._figures.count(stood_down=1)
-        return replaced
+        return self._replaced

@@ -10,6 +10,8 @@ from kvstore_client.sglang.pages import HostPages
 from kvstore_client.sglang.serving import Serving
 
 _LONGEST_TEXT = 256
+_UNNAMED = {"dummy", "remote_instance"}
+"""Ways of loading that take the weights from elsewhere."""
 
 
 def descriptors(
@@ -72,6 +74,11 @@ def _revision(config: Any, options: SGLangOptions, serving: Serving) -> str:
         raise ValueError(
             "model_revision: the weights were replaced since the engine started, so that the path "
             "they came from does not name them; set it"
+        )
+    if serving.load_format in _UNNAMED:
+        raise ValueError(
+            f"model_revision: with load_format {serving.load_format} the weights are not those of "
+            "the path, so that it does not name them; set it"
         )
     path = options.model_path or serving.model_path or config.model_name
     return model_revision(path, serving.revision)

@@ -9,6 +9,8 @@ from typing import Any
 import sglang
 from sglang.srt import runtime_context
 
+from kvstore_client.sglang.updates import updates
+
 TESTED_VERSION = "0.5.23"
 
 
@@ -27,6 +29,7 @@ class Serving:
 
     model_path: str = ""
     revision: str | None = None
+    load_format: str = ""
     settings: str = ""
     """Overrides of the checkpoint's own settings, as text; empty: none."""
     quantization: str = ""
@@ -51,6 +54,7 @@ class Serving:
         return cls(
             model_path=model.model_path,
             revision=model.revision,
+            load_format=model.load_format,
             settings=""
             if model.json_model_override_args == "{}"
             else model.json_model_override_args,
@@ -58,14 +62,15 @@ class Serving:
             adapters=tuple(sorted((ref.lora_name, ref.lora_path) for ref in adapters)),
             draft_path=spec.speculative_draft_model_path or "",
             draft_revision=spec.speculative_draft_model_revision,
-            replaced=weight_version() != runtime_context.get_server_args().weight_version,
+            replaced=weights_now() != (runtime_context.get_server_args().weight_version, 0),
         )
 
 
-def weight_version() -> str:
-    """What the engine calls its weights now; empty where there is no engine."""
+def weights_now() -> tuple[str, int]:
+    """What the engine calls its weights now, and how often they were updated, as far as that was
+    seen; an empty name where there is no engine."""
     serving = _published(runtime_context.get_serving)
-    return serving.weight_version if serving is not None else ""
+    return (serving.weight_version if serving is not None else "", updates())
 
 
 def _published(namespace: Callable[[], Any]) -> Any | None:
@@ -77,6 +82,8 @@ def _published(namespace: Callable[[], Any]) -> Any | None:
 
 def _quantization(model: Any) -> str:
     parts = [f"weights={model.quantization or ''}", f"kv={model.kv_cache_dtype}"]
+    while_loading = {"modelopt": model.modelopt_quant, "rl": model.rl_quant_profile}
+    parts += [f"{name}={given}" for name, given in while_loading.items() if given]
     if model.quantization_param_path:
         scales = Path(model.quantization_param_path)
         try:

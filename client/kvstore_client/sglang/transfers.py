@@ -6,8 +6,8 @@ page of one part     connection ◄─► pool
 """
 
 import threading
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 
 import numpy as np
 
@@ -37,6 +37,10 @@ class PageTransfers:
         self._scratch_bytes = scratch_bytes
         self._scope = scope
         self._own = threading.local()
+        self._under_way = 0
+        self._closing = False
+        self._changed = threading.Condition()
+        """Guards both."""
 
     def store(
         self,
@@ -47,6 +51,19 @@ class PageTransfers:
         deadline: Deadline,
     ) -> list[bool]:
         """True for each page of one run of a chain that the node holds afterwards."""
+        with self._entered() as may_copy:
+            if not may_copy:
+                return [False] * len(keys)
+            return self._store(space, keys, pages, parent_key, deadline)
+
+    def _store(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        pages: Sequence[Parts],
+        parent_key: bytes,
+        deadline: Deadline,
+    ) -> list[bool]:
         held = self._write_in_place(space, keys, pages, parent_key, deadline)
         step = self._batch(space, pages)
         for at in range(0, len(keys), step):
@@ -83,7 +100,9 @@ class PageTransfers:
         The others hold undefined bytes.
         """
         tiers: list[str] = []
-        with suppress(_Corrupt):
+        with self._entered() as may_copy, suppress(_Corrupt):
+            if not may_copy:
+                return tiers
             self._read_in_place(space, keys, pages, lease, deadline, tiers)
             step = self._batch(space, pages)
             while len(tiers) < len(keys) and deadline.rest_s() > 0:
@@ -92,6 +111,26 @@ class PageTransfers:
                 if len(tiers) < min(batch.stop, len(keys)):
                     break
         return tiers
+
+    def close(self) -> None:
+        """Begins nothing more and waits for what is under way: its copies go to memory that the
+        node takes back when the client hangs up. Idempotent."""
+        with self._changed:
+            self._closing = True
+            self._changed.wait_for(lambda: not self._under_way)
+
+    @contextmanager
+    def _entered(self) -> Iterator[bool]:
+        """Whether the client stays open as long as this is not left."""
+        with self._changed:
+            may_copy = not self._closing
+            self._under_way += may_copy
+        try:
+            yield may_copy
+        finally:
+            with self._changed:
+                self._under_way -= may_copy
+                self._changed.notify_all()
 
     def _write_in_place(
         self,
