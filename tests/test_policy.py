@@ -5,7 +5,7 @@ import random
 import pytest
 
 from kvstore.api.tier import BlockRef
-from kvstore.policy.policies import make_policy
+from kvstore.policy.policies import POLICIES, make_policy
 from kvstore.policy.policy import Policy, Use
 from tests.sim.blocks import keys_of, namespace_of
 
@@ -136,3 +136,18 @@ def test_an_unknown_name_is_refused_with_those_there_are() -> None:
     """Whoever mistypes a setting is told what may stand there."""
     with pytest.raises(ValueError, match="there are lru"):
         make_policy("lur", 1)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_order_of_keys_confuses_a_policy(name: str, rng: random.Random) -> None:
+    """Keys are what callers say: backwards, twice in one chain, each other's parents."""
+    names = refs("key", 12)
+    policy = make_policy(name, 8)
+    for number in range(600):
+        chain = [rng.choice(names) for _ in range(rng.randrange(1, 9))]
+        policy.use(Use(chain, float(number)))
+    policy.use(Use(names[:2], 601.0))
+    policy.use(Use([names[1], names[0]], 602.0))
+    for one in range(4):
+        policy.insert(names[one], names[one - 1] if one else names[3], 1)
+    assert sorted(order(policy)) == sorted(names[:4])

@@ -21,12 +21,15 @@ _ORDER_MASK = (1 << _ORDER_BITS) - 1
 _MOST_RANK = (1 << 62) - 1
 _MOST_USES = 1 << 20
 _NO_BLOCK = 0
+_MOST_STEPS = 256
+"""Up a chain, to see that it does not come back; past it a block is left without a parent."""
 
 
 class LeafGdsfExpert:
     """Evicts, of the blocks without children here, the one with the least age + uses × cost.
 
-    Invariant: `_children` counts the held blocks below each; only blocks without are ranked.
+    Invariant: `_children` counts the held blocks below each; only blocks without are ranked. No
+    block is below itself, whatever order a caller named its keys in: some have no children.
     """
 
     def __init__(self, blocks: Blocks[Any], flag: int, capacity_bytes: int) -> None:
@@ -74,12 +77,27 @@ class LeafGdsfExpert:
         """
         above = _NO_BLOCK
         for block in chain:
-            if above != _NO_BLOCK and self._parents[block] == _NO_BLOCK:
+            orphan = above != _NO_BLOCK and self._parents[block] == _NO_BLOCK
+            if orphan and not self._may_be_above(block, above):
                 self._parents[block] = above
                 self._children[above] += 1
             above = block
         for block in chain:
             self._rank(block)
+
+    def _may_be_above(self, block: int, other: int) -> bool:
+        """Whether a block is the other one, or could be found above it."""
+        if block == other:
+            return True
+        if not self._children[block]:
+            return False
+        for _ in range(_MOST_STEPS):
+            other = self._parents[other]
+            if other == _NO_BLOCK:
+                return False
+            if other == block:
+                return True
+        return True
 
     def _rank(self, block: int) -> None:
         if not self._children[block] and not self._queued[block]:
