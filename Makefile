@@ -19,7 +19,7 @@ test-vllm: $(STAMP) .venv-vllm/.installed
 
 # The adapter in the engine itself, without a GPU; needs g++ and OpenSSL's headers.
 test-sglang: $(STAMP) .venv-sglang/.installed
-	.venv-sglang/bin/python -m pytest tests_engines/sglang
+	.venv-sglang/bin/python -m pytest -c tests_engines/pytest.ini --rootdir=. tests_engines/sglang
 
 # Tries to break every promise, less than ten minutes; KVSTORE_TRACE and KVSTORE_HINTS name a trace.
 prove: $(STAMP)
