@@ -141,7 +141,7 @@ def tensor_digests(tensors: Iterable[torch.Tensor]) -> list[bytes]:
 def _tensor_digest(tensor: torch.Tensor) -> bytes:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -1,6 +1,6 @@
 """One prompt, or several of equal length, from what is stored of them to what is new."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -74,8 +74,11 @@ class Session:
             hook.remove()
         self._saving.finish()
 
+    def _follows(self, named: Mapping[str, Any]) -> bool:
+        return named.get("past_key_values") is self.past_key_values
+
     def _before(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if named.get("past_key_values") is not self.past_key_values:
+        if not self._follows(named):
             return
         self._start = self.past_key_values.get_seq_length()
         if self._start < self.prompt_tokens:
@@ -84,7 +87,7 @@ class Session:
     def _after(
         self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
-        if named.get("past_key_values") is not self.past_key_values:
+        if not self._follows(named):
             return
         count = self.past_key_values.get_seq_length() - self._start
         if self._start < self.prompt_tokens and count:
