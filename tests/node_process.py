@@ -28,12 +28,12 @@ class NodeProcess:
         self.endpoint = ""
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> str:
+    def start(self, *switches: str) -> str:
         """The endpoint of a node that is ready."""
         options = SMALL | {"--disk-path": str(self.home / "blocks")}
         arguments = [part for option in options.items() for part in option]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvstore", "serve", *arguments],
+            [sys.executable, "-m", "kvstore", "serve", *arguments, *switches],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             cwd=self.home,

@@ -1,130 +1,30 @@
-"""`generate()` with stored prompts: bit for bit what it computes without, whatever the store does."""
+"""`generate()` with stored prompts: bit for bit what it computes without them."""
 
 import logging
-import random
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
 
 from kvstore.api.digest import block_digest
 from kvstore.api.keys import chain_keys, root_key
-from kvstore.api.space import SpaceDescriptor
-from kvstore_client import Client, Space
-from kvstore_client.restore_gate import RestoreGate
-from kvstore_client.transformers import PromptCache
+from kvstore_client import Client
 from kvstore_client.transformers.groups import layer_groups
-from kvstore_client.transformers.versions import SUPPORTED, check_versions
 from tests.node_process import NodeProcess
 from tests.tiny_models import CHUNK, FAMILIES, WINDOW, prompt, tiny_model
+from tests.transformers_rig import (
+    PATIENCE_S,
+    answer,
+    ask,
+    assert_equal_caches,
+    assert_same,
+    computed,
+    patient,
+    plain,
+)
 
-NEW_TOKENS = 6
-PATIENCE_S = 60.0
-PATIENT = {"match_budget_s": 30.0, "load_budget_s": 30.0, "store_budget_s": 30.0}
-SLIDING = [name for name in FAMILIES if "sliding" in name or name.startswith(("gemma2", "gemma3"))]
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A node that all tests share: each has weights, or a salt, of its own."""
-    node = NodeProcess(tmp_path_factory.mktemp("node"))
-    yield node.start()
-    node.kill()
-
-
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[NodeProcess]:
-    """A node that a test may stop, kill and start again."""
-    node = NodeProcess(tmp_path)
-    node.start()
-    yield node
-    node.kill()
-
-
-@pytest.fixture
-def salt(request: pytest.FixtureRequest) -> bytes:
-    """One for each test."""
-    return request.node.nodeid.encode()
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    """A model that nobody changes."""
-    return tiny_model("llama", seed=1)
-
-
-def patient(model: Any, endpoint: str, **options: Any) -> PromptCache:
-    """Small chunks, and budgets that a busy machine can keep; loads whatever is there."""
-    values = {"chunk_tokens": CHUNK, "restore_gate": False, **PATIENT, **options}
-    return PromptCache(model, endpoint, **values)
-
-
-def answer(model: Any, **inputs: Any) -> tuple[list[list[int]], torch.Tensor]:
-    """New tokens, and the logits of each step, [step, row, token]."""
-    output = model.generate(
-        **inputs,
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    length = inputs["input_ids"].shape[1]
-    return output.sequences[:, length:].tolist(), torch.stack(output.logits)
-
-
-def plain(model: Any, tokens: torch.Tensor) -> tuple[list[list[int]], torch.Tensor]:
-    """The same without any of ours, in the same cut."""
-    mask = torch.ones_like(tokens)
-    return answer(model, input_ids=tokens, attention_mask=mask, prefill_chunk_size=CHUNK)
-
-
-def assert_same(
-    one: tuple[list[list[int]], torch.Tensor], other: tuple[list[list[int]], torch.Tensor]
-) -> None:
-    """Equal tokens, and logits without any difference."""
-    assert one[0] == other[0]
-    assert (one[1] - other[1]).abs().max().item() == 0.0
-
-
-def ask(
-    cache: PromptCache, model: Any, tokens: torch.Tensor, **options: Any
-) -> tuple[int, Counter[str]]:
-    """How much was restored, and from which tiers; the answer is that of a plain `generate`."""
-    with cache.session(tokens, **options) as session:
-        assert_same(answer(model, **session.inputs), plain(model, tokens))
-    assert cache.drain(PATIENCE_S)
-    return session.restored_tokens, Counter(session.restored_from)
-
-
-@torch.no_grad()
-def computed(
-    model: Any, tokens: torch.Tensor, length: int
-) -> tuple[DynamicCache, list[list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """The cache after `length` tokens in chunks, and of each chunk every layer's keys and values."""
-    cache = DynamicCache(config=model.config)
-    chunks = []
-    for start in range(0, length, CHUNK):
-        model(tokens[:, start : start + CHUNK], past_key_values=cache, use_cache=True)
-        chunks.append(
-            [(layer.keys[:, :, -CHUNK:], layer.values[:, :, -CHUNK:]) for layer in cache.layers]
-        )
-    return cache, chunks
-
-
-def assert_equal_caches(one: DynamicCache, other: DynamicCache) -> None:
-    """Bit for bit, and so is all that the layers know of what they have dropped."""
-    assert len(one.layers) == len(other.layers)
-    for mine, theirs in zip(one.layers, other.layers, strict=True):
-        assert type(mine) is type(theirs)
-        assert torch.equal(mine.keys, theirs.keys)
-        assert torch.equal(mine.values, theirs.values)
-        assert mine.get_seq_length() == theirs.get_seq_length()
-        assert mine.get_mask_sizes(3) == theirs.get_mask_sizes(3)
-        assert (mine.dtype, mine.device) == (theirs.dtype, theirs.device)
+pytest_plugins = ["tests.transformers_fixtures"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,3 +94,119 @@ def test_prompts_are_warm_after_a_restart(family: str, node: NodeProcess) -> Non
         restored, tiers = ask(cache, model=model, tokens=tokens)
     assert restored == 5 * CHUNK
     assert set(tiers) == {"disk"}
+
+
+def test_a_conversation_goes_on_where_it_was(endpoint: str, llama: Any, salt: bytes) -> None:
+    """The next prompt begins with the last one and its answer: what was a prompt is restored.
+
+    The answer was computed token by token, which rounds otherwise, so it is computed again.
+    """
+    tokens = prompt(3 * CHUNK + 2)
+    with patient(llama, endpoint) as cache:
+        with cache.session(tokens, salt=salt) as session:
+            said, _ = answer(llama, **session.inputs)
+        assert cache.drain(PATIENCE_S)
+        assert cache.counters["held_blocks"] == 3
+        longer = torch.cat([tokens, torch.tensor(said), prompt(CHUNK, seed=1)], dim=1)
+        assert ask(cache, llama, longer, salt=salt)[0] == 3 * CHUNK
+        assert ask(cache, llama, longer, salt=salt)[0] == 4 * CHUNK
+
+
+def test_sessions_may_overlap(endpoint: str, llama: Any, salt: bytes) -> None:
+    """Each follows its own cache."""
+    first, second = prompt(2 * CHUNK + 1), prompt(3 * CHUNK + 1, seed=1)
+    with patient(llama, endpoint) as cache:
+        with cache.session(first, salt=salt) as one, cache.session(second, salt=salt) as other:
+            assert_same(answer(llama, **other.inputs), plain(llama, second))
+            assert_same(answer(llama, **one.inputs), plain(llama, first))
+        assert cache.drain(PATIENCE_S)
+        assert cache.counters["held_blocks"] == 2 + 3
+        assert ask(cache, llama, first, salt=salt)[0] == 2 * CHUNK
+        assert ask(cache, llama, second, salt=salt)[0] == 3 * CHUNK
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_batch_is_restored_at_its_shortest_match(family: str, endpoint: str) -> None:
+    """All rows of a cache are equally long; what a window needs at that length is there."""
+    model = tiny_model(family, seed=4)
+    rows = prompt(5 * CHUNK + 1, rows=3)
+    with patient(model, endpoint) as cache:
+        assert ask(cache, model, rows)[0] == 0
+        assert ask(cache, model, rows)[0] == 5 * CHUNK
+        mixed = rows.clone()
+        mixed[1, 3 * CHUNK + 2 :] = prompt(2 * CHUNK - 1, seed=1)
+        assert ask(cache, model, mixed)[0] == 3 * CHUNK
+        assert ask(cache, model, mixed)[0] == 5 * CHUNK
+        assert ask(cache, model, rows[:2])[0] == 0, "two rows may round otherwise than three"
+
+
+def test_salts_and_scopes_never_meet(endpoint: str, llama: Any, salt: bytes) -> None:
+    """The same tokens under another salt, or in another scope, are other blocks."""
+    tokens = prompt(2 * CHUNK + 1)
+    with patient(llama, endpoint) as cache, patient(llama, endpoint, scope="shared") as shared:
+        assert ask(cache, llama, tokens, salt=salt + b"a")[0] == 0
+        assert ask(cache, llama, tokens, salt=salt + b"b")[0] == 0
+        assert ask(cache, llama, tokens)[0] == 0
+        assert ask(cache, llama, tokens, salt=salt + b"a")[0] == 2 * CHUNK
+        assert ask(shared, llama, tokens, salt=salt + b"a")[0] == 0
+        assert ask(shared, llama, tokens, salt=salt + b"a")[0] == 2 * CHUNK
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, WINDOW - 1])
+def test_chunks_may_be_as_short_as_a_token_and_as_long_as_what_a_window_keeps(
+    chunk_tokens: int, endpoint: str
+) -> None:
+    """One more token would be gone before it could be stored, so that is refused."""
+    model = tiny_model("gemma3_text", seed=5)
+    tokens = prompt(4 * WINDOW)
+    with patient(model, endpoint, chunk_tokens=chunk_tokens) as cache:
+        for restored in (0, (4 * WINDOW - 1) // chunk_tokens * chunk_tokens):
+            with cache.session(tokens) as session:
+                assert session.restored_tokens == restored
+                got = answer(model, **session.inputs)
+            assert cache.drain(PATIENCE_S)
+            whole = torch.ones_like(tokens)
+            expected = answer(
+                model, input_ids=tokens, attention_mask=whole, prefill_chunk_size=chunk_tokens
+            )
+            assert_same(got, expected)
+    with pytest.raises(ValueError, match=r"chunk_tokens: at most sliding_window - 1 = 19"):
+        patient(model, endpoint, chunk_tokens=WINDOW)
+
+
+def test_another_cut_is_not_stored(
+    endpoint: str, llama: Any, salt: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt in one piece rounds otherwise: it is answered, and the log says why it is not kept.
+
+    What was restored before it stays right, and so does what comes in the right cut again.
+    """
+    tokens = prompt(4 * CHUNK + 1)
+    with patient(llama, endpoint) as cache:
+        with cache.session(tokens, salt=salt) as session, caplog.at_level(logging.WARNING):
+            inputs = session.inputs | {"prefill_chunk_size": None}
+            answer(llama, **inputs)
+        assert cache.drain(PATIENCE_S)
+        assert cache.counters["held_blocks"] == 0
+        assert cache.counters["uncut_tokens"] == 4 * CHUNK
+        assert "prefill_chunk_size" in caplog.text
+        assert ask(cache, llama, tokens, salt=salt)[0] == 0
+        assert ask(cache, llama, tokens, salt=salt)[0] == 4 * CHUNK
+
+
+def test_a_cache_that_is_cropped_and_used_again_stores_nothing_wrong(
+    endpoint: str, llama: Any, salt: bytes
+) -> None:
+    """Each chunk is taken once, in order: what comes twice is not the prompt any more."""
+    tokens = prompt(3 * CHUNK)
+    with patient(llama, endpoint) as cache:
+        with cache.session(tokens, salt=salt) as session, torch.no_grad():
+            past = session.past_key_values
+            llama(tokens[:, :CHUNK], past_key_values=past)
+            past.crop(-CHUNK)
+            llama(tokens[:, :CHUNK], past_key_values=past)
+            llama(tokens[:, CHUNK : 2 * CHUNK], past_key_values=past)
+        assert cache.drain(PATIENCE_S)
+        assert cache.counters["held_blocks"] == 1
+        assert cache.counters["uncut_tokens"] == 2 * CHUNK
+        assert ask(cache, llama, tokens, salt=salt)[0] == CHUNK

@@ -18,8 +18,12 @@ import transformers
 from kvstore_client.transformers.adapters import Adapters, State
 
 _LABEL = b"kvstore model 1"
-_NOT_OF_THE_MODEL = {"_name_or_path", "_commit_hash", "transformers_version"}
-"""Entries of a configuration that say where it comes from, and who wrote it."""
+_NOT_OF_THE_MODEL = {
+    "_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+"""Entries of a configuration that change no key: where it comes from, who wrote it, what is told
+to `generate`, and what class and tensors say themselves."""
 _READERS = 8
 _SAMPLES = 64
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import DynamicCache
 
-from kvstore.api.hint import Reuse, ReuseHint
+from kvstore.api.hint import MAX_SESSION_ID_BYTES, Reuse, ReuseHint
 from kvstore.api.keys import chain_keys, root_key
 from kvstore_client.endpoint_options import DEFAULT_ENDPOINT
 from kvstore_client.engine.options import EngineOptions
@@ -106,9 +106,7 @@ class PromptCache:
         model = self._model
         tokens = check_inputs(model, input_ids, attention_mask, others)
         check_state(model)
-        reuse = Reuse.FINAL if final else Reuse.UNKNOWN
-        hint = ReuseHint(session_id, reuse) if session_id or final else None
-        prompts = self._prompts(tokens, salt, hint)
+        prompts = self._prompts(tokens, salt, _hint(session_id, final))
         cache = DynamicCache(config=model.config)
         restored = self._restorer.restore(prompts, cache, model.device)
         saving = Saving(
@@ -152,3 +150,11 @@ class PromptCache:
             restorable_blocks=(length - 1) // self._chunk_tokens,
             hint=hint,
         )
+
+
+def _hint(session_id: bytes, final: bool) -> ReuseHint | None:
+    if len(session_id) > MAX_SESSION_ID_BYTES:
+        raise ValueError(f"session_id: at most {MAX_SESSION_ID_BYTES} bytes, got {len(session_id)}")
+    if not session_id and not final:
+        return None
+    return ReuseHint(session_id, Reuse.FINAL if final else Reuse.UNKNOWN)
