@@ -27,7 +27,8 @@ NODE_TESTS = (
     "replay_command", "replay_files", "replay_optimum", "plan", "calls", "digests",
     "shared_memory", "client_stream", "in_place", "policy_runs",
     "codecs", "codec_choice", "lossy", "tier_codec", "codec_figures",
-    "bulk", "tls",
+    "bulk", "tls", "transformers", "transformers_faults", "transformers_refusals",
+    "transformers_identity", "transformers_adapters",
 )  # fmt: skip
 if any(importlib.util.find_spec(name) is None for name in NODE_NEEDS):
     collect_ignore = [f"test_{name}.py" for name in NODE_TESTS]

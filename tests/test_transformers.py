@@ -39,7 +39,7 @@ def test_a_restored_prompt_is_the_computed_one_bit_for_bit(family: str, endpoint
         with cache.session(long) as session:
             assert session.restored_tokens == 6 * CHUNK
             reference, _ = computed(model, long, 6 * CHUNK)
-            assert_equal_caches(session.past_key_values, reference)
+            assert_equal_caches(session.cache, reference)
             assert_same(answer(model, **session.inputs), plain(model, long))
         assert ask(cache, model, fork)[0] == 4 * CHUNK
         short = long[:, : 2 * CHUNK]
@@ -201,7 +201,7 @@ def test_a_cache_that_is_cropped_and_used_again_stores_nothing_wrong(
     tokens = prompt(3 * CHUNK)
     with patient(llama, endpoint) as cache:
         with cache.session(tokens, salt=salt) as session, torch.no_grad():
-            past = session.past_key_values
+            past = session.cache
             llama(tokens[:, :CHUNK], past_key_values=past)
             past.crop(-CHUNK)
             llama(tokens[:, :CHUNK], past_key_values=past)

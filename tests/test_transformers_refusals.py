@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvstore_client.transformers import PromptCache
+from kvstore_client.transformers.groups import check_layers
 from kvstore_client.transformers.versions import SUPPORTED, check_versions
 from tests.tiny_models import CHUNK, VOCABULARY, prompt, tiny_model
 from tests.transformers_rig import answer, ask, assert_same, patient, plain
@@ -115,7 +117,7 @@ def test_autocast_and_embeddings_are_refused_in_the_pass(llama: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
             cache.session(TOKENS)
         with cache.session(TOKENS) as session:
-            past, embeds = session.past_key_values, torch.zeros(1, CHUNK, 32)
+            past, embeds = session.cache, torch.zeros(1, CHUNK, 32)
             with pytest.raises(ValueError, match="inputs_embeds"):
                 llama(inputs_embeds=embeds, past_key_values=past)
 
@@ -249,3 +251,24 @@ def test_other_versions_are_refused_when_it_is_imported(
     check_versions({"torch": "2.13.0+cpu", "transformers": "5.23.0.dev0"})
     with pytest.raises(ImportError, match=message):
         check_versions(installed)
+
+
+def test_a_version_whose_layers_keep_more_is_refused_when_it_is_imported() -> None:
+    """It would compute on with less than it needs, without a word."""
+
+    class Counting(DynamicSlidingWindowLayer):  # type: ignore[misc]
+        def update(self, *args: Any, **named: Any) -> Any:
+            self.seen = getattr(self, "seen", 0) + 1
+            return super().update(*args, **named)
+
+    class Longer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+        def update(self, keys: Any, values: Any, *args: Any, **named: Any) -> Any:
+            before = self.keys
+            given = super().update(keys, values, *args, **named)
+            self.keys = keys if before is None else torch.cat([before, keys], dim=-2)
+            return given
+
+    check_layers()
+    for kind, kept in ((Counting, "seen"), (Longer, "keys")):
+        with pytest.raises(ImportError, match=f"this version's {kind.__name__} keeps {kept} "):
+            check_layers([kind(sliding_window=4)])

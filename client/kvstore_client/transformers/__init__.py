@@ -13,7 +13,10 @@ from kvstore_client.transformers.versions import check_versions
 
 check_versions()
 
+from kvstore_client.transformers.groups import check_layers  # noqa: E402
 from kvstore_client.transformers.prompt_cache import PromptCache  # noqa: E402
 from kvstore_client.transformers.session import Session  # noqa: E402
+
+check_layers()
 
 __all__ = ["PromptCache", "Session"]

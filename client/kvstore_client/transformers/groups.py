@@ -180,3 +180,41 @@ def _window(index: int, layer: Any, text: Any) -> int:
         f"model: layer {index} ({kind}, {type(layer).__name__}) is not one of full or "
         "sliding-window attention, and no others are supported"
     )
+
+
+def check_layers(layers: Sequence[Any] | None = None) -> None:
+    """Raises ImportError unless layers that blocks were installed in are as computed ones are.
+
+    It tries that with a layer of each kind: another version of transformers may keep more, or
+    keep it otherwise.
+    """
+    chunk_tokens, chunks = 2, 3
+    for layer in layers or (DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)):
+        window = getattr(layer, "sliding_window", 0)
+        group = LayerGroup((0,), window, 1, 1, chunk_tokens, torch.float32)
+        computed = DynamicCache()
+        computed.layers.append(layer)
+        filling = Filling(group, 1, chunks, torch.device("cpu"))
+        for chunk in range(chunks):
+            tokens = torch.arange(chunk_tokens, dtype=torch.float32) + chunk * chunk_tokens
+            computed.update(tokens.reshape(1, 1, -1, 1), -tokens.reshape(1, 1, -1, 1), 0)
+            if chunk in filling.places:
+                filling.put(0, chunk - filling.places.start, group.gather(computed, 1))
+        installed = DynamicCache()
+        installed.layers.append(type(layer)(**({"sliding_window": window} if window else {})))
+        filling.install(installed, chunks)
+        _check_same(vars(computed.layers[0]), vars(installed.layers[0]), type(layer).__name__)
+
+
+def _check_same(computed: dict[str, Any], installed: dict[str, Any], layer: str) -> None:
+    for name in computed.keys() | installed.keys():
+        one, other = computed.get(name), installed.get(name)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            same = torch.equal(one, other)
+        else:
+            same = one is other or one == other
+        if not same:
+            raise ImportError(
+                f"transformers: this version's {layer} keeps {name} otherwise than this adapter "
+                "knows; use a version that it was tried with (docs/transformers.md)"
+            )

@@ -1,5 +1,6 @@
 """One prompt, or several of equal length, from what is stored of them to what is new."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,8 @@ from kvstore_client.transformers.supported import check_autocast, check_others
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position"}
 """Tensors that a forward pass may be given; each is checked."""
+_CACHE_NAMES = ("cache", "past_key_values")
+"""What a model calls its cache, since transformers 5.24 and before."""
 
 
 class Session:
@@ -33,12 +36,12 @@ class Session:
         saving: Saving,
         changed: Callable[[], bool],
     ) -> None:
-        self.past_key_values: Any = cache
+        self.cache = cache
         """Holds the restored tokens, and all others once they are computed."""
         self.inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "past_key_values": cache,
+            _cache_name(model): cache,
             "prefill_chunk_size": chunk_tokens,
         }
         """What `generate` needs to be told: `model.generate(**session.inputs, ...)`."""
@@ -75,12 +78,12 @@ class Session:
         self._saving.finish()
 
     def _follows(self, named: Mapping[str, Any]) -> bool:
-        return named.get("past_key_values") is self.past_key_values
+        return any(named.get(name) is self.cache for name in _CACHE_NAMES)
 
     def _before(self, model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if not self._follows(named):
             return
-        self._start = self.past_key_values.get_seq_length()
+        self._start = self.cache.get_seq_length()
         if self._start < self.prompt_tokens:
             self._check(named.get("input_ids", arguments[0] if arguments else None), named)
 
@@ -89,9 +92,9 @@ class Session:
     ) -> None:
         if not self._follows(named):
             return
-        count = self.past_key_values.get_seq_length() - self._start
+        count = self.cache.get_seq_length() - self._start
         if self._start < self.prompt_tokens and count:
-            self._saving.computed(self._start, count, self.past_key_values)
+            self._saving.computed(self._start, count, self.cache)
 
     def _check(self, tokens: Any, named: dict[str, Any]) -> None:
         """Raises ValueError unless the pass computes the next tokens of the session's prompts."""
@@ -115,6 +118,11 @@ class Session:
             raise ValueError("position_ids: must be those of the tokens, counted from 0")
         if self._changed():
             raise ValueError("model: its weights or its adapter changed since the session began")
+
+
+def _cache_name(model: Any) -> str:
+    known = inspect.signature(model.forward).parameters
+    return next(name for name in _CACHE_NAMES if name in known)
 
 
 def _is_input(value: object) -> bool:

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-SUPPORTED = {"torch": ((2, 6), (3,)), "transformers": ((5, 20), (6,))}
+SUPPORTED = {"torch": ((2, 6), (3,)), "transformers": ((5, 21), (6,))}
 """For each package the first version, and the first that is too new."""
 
 
