@@ -140,6 +140,20 @@ def test_a_batch_is_restored_at_its_shortest_match(family: str, endpoint: str) -
         assert ask(cache, model, rows[:2])[0] == 0, "two rows may round otherwise than three"
 
 
+def test_a_batch_is_matched_again_where_a_window_lacks_a_block(endpoint: str) -> None:
+    """One row could be restored at 6 chunks or at 2, the other at 4: together they are at 2."""
+    model = tiny_model("gemma2", seed=6)
+    rows = prompt(6 * CHUNK + 1, rows=2)
+    with patient(model, endpoint) as cache:
+        ask(cache, model, rows)
+        prompts = cache._prompts(rows, b"", None)
+        with Client(endpoint) as client:
+            assert client.discard(prompts.spaces[1], [prompts.keys[0][2]]) > 0
+        assert cache.session(rows).restored_tokens == 6 * CHUNK
+        rows[1, 4 * CHUNK + 2 :] = prompt(2 * CHUNK - 1, seed=1)
+        assert ask(cache, model, rows)[0] == 2 * CHUNK
+
+
 def test_salts_and_scopes_never_meet(endpoint: str, llama: Any, salt: bytes) -> None:
     """The same tokens under another salt, or in another scope, are other blocks."""
     tokens = prompt(2 * CHUNK + 1)

@@ -263,7 +263,7 @@ def test_a_version_whose_layers_keep_more_is_refused_when_it_is_imported() -> No
 
     class Longer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         def update(self, keys: Any, values: Any, *args: Any, **named: Any) -> Any:
-            before = self.keys
+            before = vars(self)["keys"]
             given = super().update(keys, values, *args, **named)
             self.keys = keys if before is None else torch.cat([before, keys], dim=-2)
             return given

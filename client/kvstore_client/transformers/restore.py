@@ -175,8 +175,6 @@ class Restorer:
         ends_s: float,
     ) -> list[Loaded]:
         started_s = self._monotonic_s()
-        if started_s >= ends_s:
-            return []
         loaded = self._client.load(
             space,
             keys,
