@@ -36,10 +36,11 @@ class _Seen(NamedTuple):
     writes: int
     digest: bytes
 
-    def still(self, tensor: torch.Tensor) -> bool:
-        """Whether it is the same, where it was, and not written to since."""
+    def unchanged(self) -> bool:
+        """Whether it is there, where it was, and not written to since."""
+        tensor = self.tensor()
         return (
-            self.tensor() is tensor
+            tensor is not None
             and self.place == tensor.data_ptr()
             and self.writes == _writes(tensor)
         )
@@ -70,11 +71,12 @@ class Identity:
         self.refresh()
 
     def changed(self) -> bool:
-        """Whether the model has become another one since `refresh`, as far as torch counts it."""
-        tensors = self._tensors()
+        """Whether the model has become another one since `refresh`, as far as torch counts it.
+
+        Quick enough to be asked before each pass.
+        """
         return (
-            tensors.keys() != self._seen.keys()
-            or any(not self._seen[name].still(tensor) for name, tensor in tensors.items())
+            any(not seen.unchanged() for seen in self._seen.values())
             or self._adapters.state() != self._state
         )
 
@@ -85,7 +87,11 @@ class Identity:
         sample = _sample(tensors.values())
         if sample != self._sample:
             self._seen.clear()
-        known = {n: s for n, s in self._seen.items() if n in tensors and s.still(tensors[n])}
+        known = {
+            name: seen
+            for name, seen in self._seen.items()
+            if seen.unchanged() and seen.tensor() is tensors.get(name)
+        }
         fresh = {name: tensor for name, tensor in tensors.items() if name not in known}
         # What is written to while it is read counts as changed afterwards.
         before = [(weakref.ref(each), each.data_ptr(), _writes(each)) for each in fresh.values()]
