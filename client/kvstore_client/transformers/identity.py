@@ -86,7 +86,7 @@ class Identity:
         tensors = self._tensors()
         sample = _sample(tensors.values())
         if sample != self._sample:
-            self._seen.clear()
+            self._seen = {}  # Another session may be looking at the former one.
         known = {
             name: seen
             for name, seen in self._seen.items()

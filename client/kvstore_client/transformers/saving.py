@@ -167,7 +167,7 @@ def _copy_down(chunk: int, sources: Sequence[torch.Tensor]) -> _Copied:
     beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     beside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(beside):
-        blocks = [torch.empty_like(each, device="cpu", pin_memory=True) for each in sources]
+        blocks = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in sources]
         for block, source in zip(blocks, sources, strict=True):
             block.copy_(source, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
