@@ -24,7 +24,7 @@ def node(tmp_path: Path) -> Iterator[NodeProcess]:
 
 def test_stored_prompts_are_restored_by_the_second_run(node: NodeProcess) -> None:
     """Two processes, one after the other: the same words, most of the prompt restored."""
-    text = ROOT / "LICENSE"
+    text = ROOT / "examples" / "stored_prompts.py"
     runs = [
         subprocess.run(
             [sys.executable, ROOT / "examples/stored_prompts.py", demo_model_dir(), text,
@@ -36,7 +36,7 @@ def test_stored_prompts_are_restored_by_the_second_run(node: NodeProcess) -> Non
     (first_words, first), (words, second) = (run.strip().rsplit("\n", 1) for run in runs)
     assert first_words == words
     page = (ROOT / "docs" / "transformers.md").read_text()
-    assert "demo_model LICENSE\n" in page
-    assert first.startswith("0 of 3742 tokens restored")
-    assert second.startswith("3584 of 3742 tokens restored")
-    assert "`0 of 3742 tokens restored`, the second `3584 of 3742`" in page
+    assert "demo_model examples/stored_prompts.py\n" in page
+    assert first.startswith("0 of 408 tokens restored")
+    assert second.startswith("256 of 408 tokens restored")
+    assert "`0 of 408 tokens restored`, the second `256 of 408`" in page
