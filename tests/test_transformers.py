@@ -53,7 +53,7 @@ def test_every_block_is_stored_as_it_was_computed(family: str, endpoint: str) ->
     tokens = prompt(5 * CHUNK)
     with patient(model, endpoint) as cache:
         ask(cache, model, tokens)
-        spaces = cache._prompts(tokens, b"", None).spaces
+        spaces = cache._prompts(tokens, b"", None, cache._look()).spaces
         layers = [group.layers for group in cache._groups]
         assert cache.counters["held_blocks"] == 5 * len(layers)
     _, chunks = computed(model, tokens, 5 * CHUNK)
@@ -146,7 +146,7 @@ def test_a_batch_is_matched_again_where_a_window_lacks_a_block(endpoint: str) ->
     rows = prompt(6 * CHUNK + 1, rows=2)
     with patient(model, endpoint) as cache:
         ask(cache, model, rows)
-        prompts = cache._prompts(rows, b"", None)
+        prompts = cache._prompts(rows, b"", None, cache._look())
         with Client(endpoint) as client:
             assert client.discard(prompts.spaces[1], [prompts.keys[0][2]]) > 0
         assert cache.session(rows).restored_tokens == 6 * CHUNK

@@ -128,8 +128,8 @@ def test_a_damaged_block_is_computed_and_stored_again(
     model = tiny_model(family)
     with patient(model, scripted.endpoint) as cache:
         ask(cache, model, TOKENS)
-        space = cache._prompts(TOKENS, b"", None).spaces[0]
-        keys = cache._prompts(TOKENS, b"", None).keys[0]
+        space = cache._prompts(TOKENS, b"", None, cache._look()).spaces[0]
+        keys = cache._prompts(TOKENS, b"", None, cache._look()).keys[0]
         data, digest = scripted.node.blocks[space.space_id, keys[2]]
         flipped = bytearray(data)
         flipped[len(data) // 2] ^= 1
@@ -200,7 +200,7 @@ def test_a_mistake_of_ours_is_a_miss_too(
     groups = layer_groups(llama.config, torch.float32, CHUNK)
     counters: Counter[str] = Counter()
     with patient(llama, scripted.endpoint) as cache:
-        prompts = cache._prompts(TOKENS, b"", None)
+        prompts = cache._prompts(TOKENS, b"", None, cache._look())
     with caplog.at_level(logging.ERROR):
         restorer = Restorer(broken, EngineOptions(), groups, None)
         assert restorer.restore(prompts, past, llama.device).blocks == 0
@@ -248,7 +248,7 @@ def test_the_load_budget_is_one_for_all_rows_and_groups(scripted: NodeThread) ->
         groups = layer_groups(model.config, torch.float32, CHUNK)
         restorer = Restorer(cache._client, options, groups, None, lambda: next(now_s))
         past = DynamicCache(config=model.config)
-        prompts = cache._prompts(TOKENS, b"", None)
+        prompts = cache._prompts(TOKENS, b"", None, cache._look())
         reads = scripted.node.calls["Read"]
         assert restorer.restore(prompts, past, model.device).blocks == 0
         assert scripted.node.calls["Read"] == reads + 1
@@ -268,7 +268,7 @@ def test_parents_are_named(scripted: NodeThread, llama: Any) -> None:
     """Each block is stored below the one before it."""
     with patient(llama, scripted.endpoint) as cache:
         ask(cache, llama, TOKENS)
-        prompts = cache._prompts(TOKENS, b"", None)
+        prompts = cache._prompts(TOKENS, b"", None, cache._look())
     space_id = prompts.spaces[0].space_id
     parents = [scripted.node.parents[space_id, key] for key in prompts.keys[0]]
     assert parents == [b"", *prompts.keys[0][:-1]]

@@ -80,11 +80,11 @@ def test_the_same_weights_are_the_same_model_wherever_they_lie(
 ) -> None:
     """Made on the spot, saved, and loaded from two places: one revision."""
     model = tiny_model("qwen3", seed=8)
-    revisions = {Identity(model).revision}
+    revisions = {Identity(model).look().revision}
     for name in ("one", "other"):
         model.save_pretrained(tmp_path / name)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
-        revisions.add(Identity(loaded).revision)
+        revisions.add(Identity(loaded).look().revision)
     assert len(revisions) == 1
     with patient(model, scripted.endpoint) as cache:
         ask(cache, model, TOKENS)
@@ -97,11 +97,12 @@ def test_only_what_changed_is_read_again() -> None:
     model = tiny_model("llama")
     identity = Identity(model)
     before = dict(identity._seen)
-    assert not identity.changed()
+    look = identity.look()
+    assert not identity.changed(look)
     _counted(model)
-    assert identity.changed()
-    identity.refresh()
-    assert not identity.changed()
+    assert identity.changed(look)
+    assert not identity.changed(identity.look())
+    assert identity.changed(look)
     fresh = [name for name, seen in identity._seen.items() if seen is not before[name]]
     assert fresh == ["model.layers.2.mlp.up_proj.weight"]
 
@@ -110,7 +111,7 @@ def test_a_revision_that_is_given_is_taken(scripted: NodeThread) -> None:
     """Then nothing is read; who gives the same name twice says that it is the same."""
     model = tiny_model("llama", seed=9)
     identity = Identity(model, "release-7")
-    assert (identity.revision, identity._seen) == ("release-7", {})
+    assert (identity.look().revision, identity._seen) == ("release-7", {})
     with patient(model, scripted.endpoint, model_revision="release-7") as cache:
         assert ask(cache, model, TOKENS)[0] == 0
     with patient(model, scripted.endpoint, model_revision="release-7") as cache:

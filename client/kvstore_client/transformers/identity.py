@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from kvstore_client.transformers.adapters import Adapters, State
+from kvstore_client.transformers.modules import module_settings
 
 _LABEL = b"kvstore model 1"
 _NOT_OF_THE_MODEL = {
@@ -25,7 +26,8 @@ _NOT_OF_THE_MODEL = {
 """Entries of a configuration that change no key: where it comes from, who wrote it, what is told
 to `generate`, and what class and tensors say themselves."""
 _READERS = 8
-_SAMPLES = 64
+_WORD_BYTES = 8
+_RUN_BYTES = 4096
 
 
 class _Seen(NamedTuple):
@@ -34,6 +36,7 @@ class _Seen(NamedTuple):
     tensor: weakref.ref[torch.Tensor]
     place: int
     writes: int
+    total: int
     digest: bytes
 
     def unchanged(self) -> bool:
@@ -46,11 +49,23 @@ class _Seen(NamedTuple):
         )
 
 
+class Look(NamedTuple):
+    """What a model was when it was looked at. Invariant: it is not written to afterwards."""
+
+    revision: str
+    """Of weights and configuration, without adapters: a SHA-256 in hex, or what was given."""
+    adapter: bytes
+    """A digest of the active adapter; empty: none is active."""
+    seen: Mapping[str, _Seen]
+    state: State
+
+
 class Identity:
     """Names a model, and notices when it becomes another one.
 
     It notices a tensor that was replaced, and each write that torch counts. What torch does not
-    count, a write through `Tensor.data`, shows in a sample of the tensors' values.
+    count, a write through `Tensor.data`, shows in a total over each tensor at the next look: but
+    for values that change places within 4 KiB. Between two looks it does not show.
     """
 
     def __init__(self, model: Any, revision: str = "") -> None:
@@ -62,51 +77,50 @@ class Identity:
         self._adapters = Adapters(model)
         self._given = revision
         self._seen: dict[str, _Seen] = {}
-        self._sample = b""
-        self._state: State = ()
-        self.revision = ""
-        """Of weights and configuration, without adapters: a SHA-256 in hex, or what was given."""
-        self.adapter = b""
-        """A digest of the active adapter; empty: none is active."""
-        self.refresh()
+        self.look()
 
-    def changed(self) -> bool:
-        """Whether the model has become another one since `refresh`, as far as torch counts it.
+    def changed(self, since: Look) -> bool:
+        """Whether the model has become another one since, as far as torch counts it.
 
-        Quick enough to be asked before each pass.
+        Whoever looked meanwhile changes nothing about it. Quick enough to be asked before each
+        pass.
         """
         return (
-            any(not seen.unchanged() for seen in self._seen.values())
-            or self._adapters.state() != self._state
+            any(not seen.unchanged() for seen in since.seen.values())
+            or self._adapters.state() != since.state
         )
 
-    def refresh(self) -> None:
-        """Looks at the model, and reads what is new in it."""
-        self._state = self._adapters.state()
+    def look(self) -> Look:
+        """Looks at the model, and reads what is new in it.
+
+        That takes as long as a total over all that names it: as one token of an answer does.
+        """
+        state = self._adapters.state()
         tensors = self._tensors()
-        sample = _sample(tensors.values())
-        if sample != self._sample:
-            self._seen = {}  # Another session may be looking at the former one.
+        # What is written to while it is read counts as changed afterwards.
+        before = {n: (weakref.ref(t), t.data_ptr(), _writes(t)) for n, t in tensors.items()}
+        totals = tensor_totals(tensors)
         known = {
             name: seen
             for name, seen in self._seen.items()
-            if seen.unchanged() and seen.tensor() is tensors.get(name)
+            if seen.unchanged()
+            and seen.tensor() is tensors.get(name)
+            and seen.total == totals.get(name)
         }
         fresh = {name: tensor for name, tensor in tensors.items() if name not in known}
-        # What is written to while it is read counts as changed afterwards.
-        before = [(weakref.ref(each), each.data_ptr(), _writes(each)) for each in fresh.values()]
         digests = tensor_digests(fresh.values())
-        for name, seen, digest in zip(fresh, before, digests, strict=True):
-            known[name] = _Seen(*seen, digest)
-        self._seen, self._sample = known, sample
+        for name, digest in zip(fresh, digests, strict=True):
+            known[name] = _Seen(*before[name], totals[name], digest)
+        self._seen = known
         contents = {name: seen.digest for name, seen in known.items()}
-        plain, self.adapter = self._adapters.split(contents)
-        self.revision = self._given or self._whole(plain)
+        plain, adapter = self._adapters.split(contents)
+        return Look(self._given or self._whole(plain), adapter, known, state)
 
     def _whole(self, contents: Mapping[str, bytes]) -> str:
         whole = hashlib.sha256(_LABEL)
         settings = json.dumps(_of_the_model(self._model.config.to_dict()), default=str)
         parts = [type(self._model).__qualname__.encode(), settings.encode()]
+        parts += [json.dumps(module_settings(self._model), sort_keys=True).encode()]
         for name in sorted(contents):
             parts += [name.encode(), contents[name]]
         for part in parts:
@@ -156,17 +170,28 @@ def _tensor_digest(tensor: torch.Tensor) -> bytes:
 
 
 @torch.no_grad()
-def _sample(tensors: Iterable[torch.Tensor]) -> bytes:
-    """A digest of a few values of each tensor, from all over it."""
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        values = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.float32)
-        by_device.setdefault(tensor.device, []).append(values)
-    digest = hashlib.sha256()
-    for samples in by_device.values():
-        digest.update(torch.cat(samples).cpu().numpy().tobytes())
-    return digest.digest()
+def tensor_totals(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Of each tensor a number that changes with any of its values, at the speed of memory."""
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, {})[name] = _total(tensor)
+    return {
+        name: total
+        for totals in by_device.values()
+        for name, total in zip(totals, torch.stack(list(totals.values())).tolist(), strict=True)
+    }
+
+
+def _total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of all words, those of each 4 KiB weighed by where they lie."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % _WORD_BYTES:
+        flat = flat.clone()
+    whole = len(flat) // _RUN_BYTES * _RUN_BYTES
+    words = len(flat) // _WORD_BYTES * _WORD_BYTES
+    runs = flat[:whole].view(torch.int64).view(-1, _RUN_BYTES // _WORD_BYTES).sum(dim=1)
+    parts = torch.cat([runs, flat[whole:words].view(torch.int64), flat[words:].to(torch.int64)])
+    return (parts * torch.arange(1, 2 * len(parts), 2, device=parts.device)).sum()
 
 
 def _writes(tensor: torch.Tensor) -> int:

@@ -16,7 +16,7 @@ from kvstore_client.engine.uploads import Uploads
 from kvstore_client.restore_gate import RestoreGate
 from kvstore_client.space import Space
 from kvstore_client.transformers.groups import layer_groups
-from kvstore_client.transformers.identity import Identity, describe_numerics
+from kvstore_client.transformers.identity import Identity, Look, describe_numerics
 from kvstore_client.transformers.restore import Prompts, Restorer
 from kvstore_client.transformers.saving import Saving
 from kvstore_client.transformers.session import Session
@@ -104,9 +104,12 @@ class PromptCache:
         are what a tokenizer gave beside; what is not known to be harmless raises ValueError.
         """
         model = self._model
-        tokens = check_inputs(model, input_ids, attention_mask, others)
+        # The caller may fill his own with the next prompt, before this one is computed.
+        tokens = check_inputs(model, input_ids, attention_mask, others).clone()
         check_state(model)
-        prompts = self._prompts(tokens, salt, _hint(session_id, final))
+        hint = _hint(session_id, final)
+        look = self._look()
+        prompts = self._prompts(tokens, salt, hint, look)
         cache = DynamicCache(config=model.config)
         restored = self._restorer.restore(prompts, cache, model.device)
         saving = Saving(
@@ -118,7 +121,13 @@ class PromptCache:
             gate=self._gate,
         )
         return Session(
-            model, tokens, cache, self._chunk_tokens, restored, saving, self._identity.changed
+            model,
+            tokens,
+            cache,
+            self._chunk_tokens,
+            restored,
+            saving,
+            lambda: self._identity.changed(look),
         )
 
     def drain(self, timeout_s: float) -> bool:
@@ -133,15 +142,18 @@ class PromptCache:
         self._uploads.close(timeout_s)
         self._client.close()
 
-    def _prompts(self, tokens: torch.Tensor, salt: bytes, hint: ReuseHint | None) -> Prompts:
+    def _look(self) -> Look:
         with self._lock:
-            self._identity.refresh()
-            revision, adapter = self._identity.revision, self._identity.adapter
-        root = root_key(salt, adapter)
+            return self._identity.look()
+
+    def _prompts(
+        self, tokens: torch.Tensor, salt: bytes, hint: ReuseHint | None, look: Look
+    ) -> Prompts:
+        root = root_key(salt, look.adapter)
         rows, length = tokens.shape
         common = {
             "model": type(self._model).__qualname__,
-            "revision": revision,
+            "revision": look.revision,
             "numerics": describe_numerics(self._model, self._chunk_tokens, rows),
         }
         return Prompts(

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -74,14 +75,14 @@ class Restorer:
         Never raises: a store that is gone, late or broken restores nothing.
         """
         self.counters["asked"] += self._tokens(prompts, prompts.restorable_blocks)
-        restored, fillings = Restored(), list[Filling]()
+        restored, fillings, empty = Restored(), list[Filling](), deepcopy(cache.layers)
         try:
             self._load(prompts, device, restored, fillings)
+            for filling in fillings if restored.blocks else ():
+                filling.install(cache, restored.blocks)
         except Exception:  # noqa: BLE001  the store's edge: what is lost is computed
             _log.exception("what was stored of a prompt is lost")
-            restored.blocks = 0
-        for filling in fillings if restored.blocks else ():
-            filling.install(cache, restored.blocks)
+            restored, cache.layers = Restored(), empty  # No layer may be ahead of another.
         self.counters["restored"] += self._tokens(prompts, restored.blocks)
         return restored
 

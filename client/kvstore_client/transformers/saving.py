@@ -92,6 +92,14 @@ class Saving:
             _log.exception("chunk %d of a prompt is not stored", self._next)
             self._stop("failed")
 
+    def disturbed(self) -> None:
+        """What the passes so far put into the cache was moved, or replaced, between two of them."""
+        if not self.complete:
+            self._stop("uncut")
+            _log.warning(
+                "a cache was changed between two pieces of its prompt; the rest is not stored"
+            )
+
     def stop(self) -> None:
         """Takes no more chunks."""
         self._next = self._blocks

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from kvstore_client.transformers.modules import check_modules
+
 MODEL_TYPES = (
     "gemma", "gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3",
 )  # fmt: skip
@@ -44,6 +46,7 @@ def check_state(model: Any) -> None:
             "own; set it to None. Static, quantized and offloaded caches are not supported"
         )
     check_autocast(model.device)
+    check_modules(model)
 
 
 def check_autocast(device: torch.device) -> None:
