@@ -8,7 +8,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 
 from tests.scripted_node import NodeThread
 from tests.tiny_models import CHUNK, prompt, tiny_model
-from tests.transformers_rig import answer, ask, patient, plain
+from tests.transformers_rig import answer, ask, assert_same, patient, plain
 
 pytest_plugins = ["tests.transformers_fixtures"]
 
@@ -86,6 +86,21 @@ def test_an_adapter_that_changes_within_a_session_is_refused(
             pytest.raises(ValueError, match="its adapter changed"),
         ):
             answer(adapted, adapter_names=["one"], **session.inputs)
+
+
+def test_an_adapter_that_another_session_has_is_not_this_ones(
+    scripted: NodeThread, adapted: PeftModel
+) -> None:
+    """A session keeps to the adapter that it began with."""
+    with patient(adapted, scripted.endpoint) as cache:
+        adapted.set_adapter("one")
+        with cache.session(TOKENS) as session:
+            adapted.set_adapter("other")
+            ask(cache, adapted, TOKENS)
+            with pytest.raises(ValueError, match="its adapter changed"):
+                answer(adapted, **session.inputs)
+            adapted.set_adapter("one")
+            assert_same(answer(adapted, **session.inputs), plain(adapted, TOKENS))
 
 
 def test_other_adapters_are_refused(adapted: PeftModel) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.engine.options import EngineOptions
@@ -210,6 +210,29 @@ def test_a_mistake_of_ours_is_a_miss_too(
         saving.finish()
     assert caplog.text.count("Traceback") == 2
     assert counters == {"failed": 4 * CHUNK}
+
+
+def test_a_cache_that_cannot_be_filled_stays_empty(
+    scripted: NodeThread, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory for the last group of layers: those before it are given back too."""
+    model = tiny_model("gemma2")
+    with patient(model, scripted.endpoint) as cache:
+        ask(cache, model, TOKENS)
+        with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
+            patched.setattr(DynamicSlidingWindowLayer, "lazy_initialization", _no_memory)
+            session = cache.session(TOKENS)
+        assert "no memory" in caplog.text
+        with session:
+            assert session.restored_tokens == session.cache.get_seq_length() == 0
+            assert not any(layer.is_initialized for layer in session.cache.layers)
+            assert not session.restored_from
+            assert_same(answer(model, **session.inputs), plain(model, TOKENS))
+        assert ask(cache, model, TOKENS)[0] == 4 * CHUNK
+
+
+def _no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("no memory")
 
 
 def test_a_closed_cache_computes(scripted: NodeThread, llama: Any) -> None:

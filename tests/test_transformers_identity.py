@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvstore_client.transformers.identity import Identity, describe_numerics
+from kvstore_client.transformers.identity import Identity, describe_numerics, tensor_totals
 from tests.scripted_node import NodeThread
 from tests.tiny_models import CHUNK, prompt, tiny_model
 from tests.transformers_rig import answer, ask, patient
@@ -36,6 +36,23 @@ def _reassigned(model: Any) -> None:
     model.model.norm.weight.data = model.model.norm.weight.data * 1.01
 
 
+def _uncounted_value(model: Any) -> None:
+    model.get_input_embeddings().weight.data[7, 1] += 3.0
+
+
+def _uncounted_exchange(model: Any) -> None:
+    table = model.get_input_embeddings().weight.data
+    table[[3, 90]] = table[[90, 3]]
+
+
+def _activation(model: Any) -> None:
+    model.model.layers[2].mlp.act_fn = torch.nn.GELU()
+
+
+def _scale(model: Any) -> None:
+    model.model.layers[2].self_attn.scaling *= 0.5
+
+
 def _buffer(model: Any) -> None:
     model.model.rotary_emb.inv_freq.mul_(0.5)
 
@@ -51,8 +68,12 @@ def _trained(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_counted, _uncounted, _replaced, _reassigned, _buffer, _setting, _trained]
-)
+    "change",
+    [
+        _counted, _uncounted, _uncounted_value, _uncounted_exchange, _replaced, _reassigned,
+        _activation, _scale, _buffer, _setting, _trained,
+    ],
+)  # fmt: skip
 def test_a_model_that_changes_in_memory_is_another_one(
     change: Callable[[Any], None], scripted: NodeThread
 ) -> None:
@@ -66,13 +87,32 @@ def test_a_model_that_changes_in_memory_is_another_one(
         assert ask(cache, model, TOKENS)[0] == 2 * CHUNK
 
 
-def test_a_model_that_changes_within_a_session_is_refused(scripted: NodeThread) -> None:
-    """What was restored was the former one's."""
+@pytest.mark.parametrize("change", [_counted, _replaced, _activation])
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_model_that_changes_within_a_session_is_refused(
+    others: int, change: Callable[[Any], None], scripted: NodeThread
+) -> None:
+    """What was restored was the former one's, also where another session has seen the change."""
     model = tiny_model("llama", seed=7)
     with patient(model, scripted.endpoint) as cache, cache.session(TOKENS) as session:
-        _counted(model)
+        change(model)
+        for _ in range(others):
+            cache.session(prompt(CHUNK + 1, seed=1)).close()
         with pytest.raises(ValueError, match="model: its weights or its adapter changed"):
             answer(model, **session.inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("count", [1, 7, 1024, 3001])
+def test_a_total_changes_with_each_value(dtype: torch.dtype, count: int) -> None:
+    """Whatever a tensor's length is, and wherever in its storage it begins."""
+    whole = torch.arange(count + 1).remainder(251).to(dtype)
+    for tensor in (whole[:-1], whole[1:]):
+        totals = {tensor_totals({"it": tensor})["it"]}
+        for place in {*range(0, count, 97), count - 1}:
+            tensor[place] += 1
+            totals.add(tensor_totals({"it": tensor})["it"])
+        assert len(totals) == 1 + len({*range(0, count, 97), count - 1})
 
 
 def test_the_same_weights_are_the_same_model_wherever_they_lie(

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from kvstore_client.transformers.adapters import Adapters, State
-from kvstore_client.transformers.modules import module_settings
+from kvstore_client.transformers.modules import module_classes, module_settings
 
 _LABEL = b"kvstore model 1"
 _NOT_OF_THE_MODEL = {
@@ -57,7 +57,8 @@ class Look(NamedTuple):
     adapter: bytes
     """A digest of the active adapter; empty: none is active."""
     seen: Mapping[str, _Seen]
-    state: State
+    adapters: State
+    classes: tuple[type, ...]
 
 
 class Identity:
@@ -87,7 +88,8 @@ class Identity:
         """
         return (
             any(not seen.unchanged() for seen in since.seen.values())
-            or self._adapters.state() != since.state
+            or self._adapters.state() != since.adapters
+            or module_classes(self._model) != since.classes
         )
 
     def look(self) -> Look:
@@ -95,7 +97,7 @@ class Identity:
 
         That takes as long as a total over all that names it: as one token of an answer does.
         """
-        state = self._adapters.state()
+        adapters, classes = self._adapters.state(), module_classes(self._model)
         tensors = self._tensors()
         # What is written to while it is read counts as changed afterwards.
         before = {n: (weakref.ref(t), t.data_ptr(), _writes(t)) for n, t in tensors.items()}
@@ -114,7 +116,7 @@ class Identity:
         self._seen = known
         contents = {name: seen.digest for name, seen in known.items()}
         plain, adapter = self._adapters.split(contents)
-        return Look(self._given or self._whole(plain), adapter, known, state)
+        return Look(self._given or self._whole(plain), adapter, known, adapters, classes)
 
     def _whole(self, contents: Mapping[str, bytes]) -> str:
         whole = hashlib.sha256(_LABEL)
@@ -190,7 +192,10 @@ def _total(tensor: torch.Tensor) -> torch.Tensor:
     whole = len(flat) // _RUN_BYTES * _RUN_BYTES
     words = len(flat) // _WORD_BYTES * _WORD_BYTES
     runs = flat[:whole].view(torch.int64).view(-1, _RUN_BYTES // _WORD_BYTES).sum(dim=1)
-    parts = torch.cat([runs, flat[whole:words].view(torch.int64), flat[words:].to(torch.int64)])
+    parts = runs
+    if whole < len(flat):
+        rest = flat[whole:words].view(torch.int64), flat[words:].to(torch.int64)
+        parts = torch.cat([runs, *rest])
     return (parts * torch.arange(1, 2 * len(parts), 2, device=parts.device)).sum()
 
 

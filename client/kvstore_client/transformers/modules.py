@@ -27,25 +27,27 @@ def check_modules(model: Any) -> None:
     gradients, and accelerate's for a model on one device. Quick enough to be asked before each
     pass. What is patched into the libraries themselves is not seen.
     """
-    _check_hooks(
-        "torch: there",
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_forward_hooks,
-    )
+    everywhere = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
+    _check_hooks("torch: every module", *everywhere)
     for name, module in model.named_modules():
-        kind = type(module)
-        if _package(kind) not in _PACKAGES or _package(kind.forward) not in _PACKAGES:
+        kind, what = type(module), name or "it"
+        if _package(kind) not in _PACKAGES:
             raise ValueError(
-                f"model: {name or 'it'} is a {kind.__module__}.{kind.__qualname__} or computes as "
-                "none of transformers does; only modules of transformers, torch and peft are "
-                "supported"
+                f"model: {what} is a {kind.__module__}.{kind.__qualname__}; only modules of "
+                "transformers, torch and peft are supported"
             )
-        if "forward" in vars(module) and not _is_of_accelerate(module):
+        replaced = "forward" in vars(module) and not _is_of_accelerate(module)
+        if replaced or _package(kind.forward) not in _PACKAGES:
             raise ValueError(
-                f"model: forward of {name or 'the model'} was replaced, by which keys and values "
-                "may be others; put the former one back"
+                f"model: {what} has another forward than its class once had, by which keys and "
+                "values may be others; put that one back"
             )
-        _check_hooks(f"model: {name or 'it'}", module._forward_pre_hooks, module._forward_hooks)
+        _check_hooks(f"model: {what}", module._forward_pre_hooks, module._forward_hooks)
+
+
+def module_classes(model: Any) -> tuple[type, ...]:
+    """It differs when a module was replaced by another kind of one. As quick as `check_modules`."""
+    return tuple(map(type, model.modules()))
 
 
 def module_settings(model: Any) -> dict[str, str]:

@@ -129,7 +129,9 @@ class Session:
         if not _count_from(self._start, end, named.get("position_ids")):
             raise ValueError("position_ids: must be those of the tokens, counted from 0")
         if self._changed():
-            raise ValueError("model: its weights or its adapter changed since the session began")
+            raise ValueError(
+                "model: its weights or its adapter changed, or a module, since the session began"
+            )
         check_modules(model)
 
 
