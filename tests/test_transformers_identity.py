@@ -160,6 +160,17 @@ def test_a_revision_that_is_given_is_taken(scripted: NodeThread) -> None:
         assert ask(cache, model, TOKENS)[0] == 0
 
 
+def test_modules_that_are_compiled_round_otherwise() -> None:
+    """The whole model, one layer, or another one."""
+    models = [tiny_model("llama") for _ in range(4)]
+    models[1].compile(backend="eager")
+    models[2].model.layers[0].compile(backend="eager")
+    models[3].model.layers[1].compile(backend="eager")
+    described = {describe_numerics(model, CHUNK, 1) for model in models}
+    assert len(described) == 4
+    assert max(map(len, described)) <= 256
+
+
 def test_models_that_round_otherwise_do_not_mix(scripted: NodeThread) -> None:
     """Threads, kernel, dtype, chunk length: each of them has blocks of its own."""
     model = tiny_model("llama", seed=10)

@@ -151,10 +151,10 @@ def describe_numerics(model: Any, chunk_tokens: int, rows: int) -> str:
         f"prefill={chunk_tokens} rows={rows} attention={config._attn_implementation}",
         f"torch={torch.__version__} transformers={transformers.__version__}",
         f"matmul={torch.get_float32_matmul_precision()}",
-        "compiled" if model._compiled_call_impl is not None else "",
+        f"compiled={_compiled(model)}",
         f"{device.type} {processor}",
     )
-    return " ".join(part for part in parts if part)
+    return " ".join(part for part in parts if not part.endswith("="))
 
 
 def tensor_digests(tensors: Iterable[torch.Tensor]) -> list[bytes]:
@@ -212,6 +212,14 @@ def _of_the_model(value: Any) -> Any:
         for name in sorted(value, key=str)
         if name not in _NOT_OF_THE_MODEL
     }
+
+
+def _compiled(model: Any) -> str:
+    """Which modules were: all together, or some by themselves."""
+    if model._compiled_call_impl is not None:
+        return "whole"
+    which = [n for n, module in model.named_modules() if module._compiled_call_impl is not None]
+    return hashlib.sha256(" ".join(which).encode()).hexdigest()[:16] if which else ""
 
 
 def _instruction_set() -> str:
