@@ -127,7 +127,7 @@ class LMCache(Way):
         arguments = [
             "--host", "127.0.0.1", "--port", str(self._port()), "--chunk-size", "128",
             "--disable-observability", "--l1-size-gb", "1", "--eviction-policy", "LRU",
-            "--l2-adapter", json.dumps(adapter),
+            "--supported-transfer-mode", "auto", "--l2-adapter", json.dumps(adapter),
         ]  # fmt: skip
         with (self.home / "server.log").open("a") as words:
             server = subprocess.Popen(

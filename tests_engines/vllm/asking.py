@@ -64,6 +64,6 @@ def kvstore(endpoint: str, **extra: Any) -> dict[str, Any]:
 
     `extra` are settings of the connector.
     """
-    patient = {"match_budget_s": MATCH_BUDGET_S, "load_budget_s": LOAD_BUDGET_S}
+    patient = {"match_budget_s": MATCH_BUDGET_S, "load_budget_s": LOAD_BUDGET_S, "lease_ms": 60_000}
     settings = {"endpoint": endpoint, "restore_gate": False, "store_budget_s": LOAD_BUDGET_S}
     return connector("KVStoreConnector", **(settings | patient | extra))

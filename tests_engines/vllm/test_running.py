@@ -215,3 +215,20 @@ def test_a_forgotten_prefix_comes_back_within_one_process(
     assert made["again"].prompt_tokens(LOCAL) == BLOCKS * 128
     assert_restored(made, made, blocks=BLOCKS)
     assert_same(made["back"], made["again"])
+
+
+def test_a_lease_shorter_than_a_load_may_take_is_not_asked_for_for_ever(
+    runner: Runner, tiny: Models, node: Node
+) -> None:
+    """Whatever the settings say of leases, a request is restored or computed within its budgets."""
+    short = kvstore(
+        node.endpoint, model_revision="leases", lease_ms=1000, load_budget_s=2.0, match_budget_s=2.0
+    )
+    first = generate("first", PROMPTS[0])
+    saved, loaded = runner.run(
+        engine("saving", tiny["llama"], short, first, generate("again", PROMPTS[0])),
+        engine("loading", tiny["llama"], short, first),
+        timeout_s=120,
+    )
+    assert_restored(loaded, saved, blocks=full_blocks(PROMPTS[0]))
+    assert_same(loaded["first"], saved["again"])
