@@ -535,3 +535,29 @@ async def test_what_takes_longer_to_load_than_to_compute_is_computed(
     (read,) = await answers(engine, PROMPT)
     assert read.restored == 0
     assert engine.stats()["gated_tokens|"] == 48
+
+
+async def test_a_lease_that_is_over_at_once_is_not_asked_for_for_ever(
+    remote: NodeThread, start: Start
+) -> None:
+    """A few times, and then the answer is used: what is not leased may be there all the same."""
+    first = await asyncio.to_thread(start, remote)
+    await answers(first, PROMPT)
+    engine = await asyncio.to_thread(start, remote, settings={"lease_ms": 1})
+    before = remote.node.calls["Match"]
+    side = engine.scheduler._scheduler
+    side._clock = ManualClock()
+    request = engine.add(PROMPT)
+    for _ in range(200):
+        told, _ = engine.scheduler.get_num_new_matched_tokens(request, 0)
+        if told is not None:
+            break
+        question = side._asked[request.request_id].question
+        if question is not None:
+            await asyncio.to_thread(question.future.result)
+            question.state()
+        await side._clock.advance(1.0)
+    assert told == 48
+    assert remote.node.calls["Match"] <= before + 3
+    side._clock = engine.ranks[0].connector._worker._clock
+    await asyncio.to_thread(engine.run)

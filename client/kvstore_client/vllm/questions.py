@@ -102,7 +102,8 @@ def ask(
         budget_s=options.match_budget_s,
     )
     late_s = now_s + options.match_budget_s + GRACE_S
-    fresh_s = max(0.0, options.lease_ms / 1000 - options.load_budget_s)
+    lease_s = options.lease_ms / 1000
+    fresh_s = max(lease_s - options.load_budget_s, lease_s / 2)
     question = Question(client, clock, held_blocks, now_s, late_s, fresh_s, future)
     future.add_done_callback(question.answered)
     return question

@@ -36,6 +36,8 @@ from kvstore_client.vllm.steps import StepTimes
 
 IDLE_WAIT_S = 0.001
 """In a step without tokens the engine would turn round at once; the client's thread can use it."""
+MAX_QUESTIONS = 3
+"""Of one request; then an old answer is used, whose load may bring less than it said."""
 MAX_HINTED_SPACES = 16
 """An engine of more spaces than this says nothing at a request's end."""
 
@@ -268,9 +270,10 @@ class SchedulerSide:
             asked.question = self._ask(asked, held, limit)
             return None
         state = question.state()
-        if state is State.STALE:
+        if state is State.STALE and asked.attempt < MAX_QUESTIONS:
             asked.drop_question()
-        if state in (State.WAITING, State.STALE):
+            return None
+        if state is State.WAITING:
             return None
         if state is State.LATE:
             self._tally.add("matches", label="late")
