@@ -20,6 +20,8 @@ from kvstore_client.match import Match
 from kvstore_client.sglang.pages import Bytes, Parts, gather, scatter
 from kvstore_client.space import Space
 
+FORGETTER = "kvstore-forget"
+"""The name of the thread that tells the node of a damaged page."""
 SCRATCH_BYTES = 32 << 20
 """Of each thread of SGLang's that moves pages, unless one block is larger."""
 
@@ -222,7 +224,9 @@ class PageTransfers:
         if digest.digest() != loaded.digest:
             self._client.counters["load_corrupt"] += 1
             # Else the node would say "present" to whoever stores it again. That takes its time.
-            threading.Thread(target=self._forget, args=(space, key), daemon=True).start()
+            threading.Thread(
+                target=self._forget, args=(space, key), name=FORGETTER, daemon=True
+            ).start()
             raise _Corrupt
 
     def _forget(self, space: Space, key: bytes) -> None:
