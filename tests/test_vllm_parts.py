@@ -377,6 +377,18 @@ def test_another_version_is_refused_and_the_failure_policy_is_set() -> None:
     assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
 
+def test_media_that_are_named_by_a_counter_are_refused() -> None:
+    """vLLM names them so where neither of its caches needs their content."""
+    from kvstore_client.vllm.requirements import check_engine
+
+    config = vllm_config(Path("m"), {}, caching=False)
+    config.model_config.multimodal_config = SimpleNamespace(mm_processor_cache_gb=0)
+    with pytest.raises(ValueError, match="--mm-processor-cache-gb"):
+        check_engine("0.32.0", config, group_config(full()))
+    config.model_config.multimodal_config.mm_processor_cache_gb = 4
+    check_engine("0.32.0", config, group_config(full()))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
