@@ -109,6 +109,9 @@ def test_a_checkpoint_is_named_by_its_content(tmp_path: Path) -> None:
     changed = {
         "config.json": b"{ }",
         "model.safetensors": b"Weights",
+        "preprocessor_config.json": b"{}",
+        "processor_config.json": b"{}",
+        "video_preprocessor_config.json": b"{}",
         "modeling.py": b"",
         "b.bin": b"",
     }

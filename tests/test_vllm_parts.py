@@ -346,6 +346,15 @@ def test_the_page_names_every_metric_and_setting() -> None:
         assert f"`{field.name}`" in page, field.name
 
 
+_MEDIA_SETTINGS = (
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "mm_device_do_normalize",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+    "video_pruning_rate",
+    "video_pruning_method",
+)
 CHANGES = {
     "parallel_config__pipeline_parallel_size": (2, "pipeline_parallel_size"),
     "parallel_config__decode_context_parallel_size": (2, "decode_context_parallel_size"),
@@ -422,6 +431,8 @@ async def test_weights_without_a_name_stop_the_start(start: Start) -> None:
         {"model_config__dtype": torch.bfloat16},
         {"cache_config__cache_dtype": "fp8"},
         {"model_config__quantization": "awq"},
+        {"model_config__quantization_config": {"linear": "fp8_per_block"}},
+        {"cache_config__kv_cache_dtype_skip_layers": ["0"]},
         {"cache_config__prefix_caching_hash_algo": "sha256_cbor"},
         {"model_config__hf_text_config": SimpleNamespace(to_dict=lambda: {"rope_theta": 1.0})},
     ],
@@ -436,6 +447,25 @@ async def test_engines_that_differ_never_meet(
     second = await asyncio.to_thread(start, remote, **change)
     (read,) = await answers(second, PROMPT)
     assert read.restored == 0
+
+
+def test_how_an_engine_reads_media_is_part_of_the_space() -> None:
+    """A request's hashes cover its media, not what the engine's settings make of them."""
+    from kvstore_client.vllm.spaces import _common
+
+    def numerics(**changes: Any) -> str:
+        config = vllm_config(Path("m"), {}, caching=True)
+        said = dict.fromkeys(_MEDIA_SETTINGS) | {"media_io_kwargs": {}} | changes
+        config.model_config.multimodal_config = SimpleNamespace(**said)
+        return str(_common(config, SimpleNamespace(layout="L"), "r")["numerics"])
+
+    changes: list[dict[str, Any]] = [
+        {},
+        {"mm_processor_kwargs": {"num_crops": 4}},
+        {"media_io_kwargs": {"video": {"num_frames": 40}}},
+        {"video_pruning_rate": 0.5},
+    ]
+    assert len({numerics(**change) for change in changes}) == len(changes)
 
 
 async def test_other_weights_at_the_same_path_are_another_model(

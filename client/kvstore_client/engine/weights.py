@@ -16,6 +16,7 @@ _CODE = {".py"}
 _SETTINGS = {
     "config.json", "params.json", "adapter_config.json",
     "quantize_config.json", "quant_config.json", "hf_quant_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 }  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _READERS = 4

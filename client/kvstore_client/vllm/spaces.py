@@ -16,6 +16,11 @@ _NAMES = {"_name_or_path", "transformers_version"}
 """Fields of a model's configuration that say where it came from and not what it computes."""
 _FROM_TEXT = {"ngram", "ngram_gpu", "suffix"}
 """Ways to guess the next tokens that need no model."""
+_MEDIA = (
+    "media_io_kwargs", "mm_processor_kwargs", "mm_device_do_normalize", "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path", "video_pruning_rate", "video_pruning_method",
+)  # fmt: skip
+"""Settings that decide what a model sees of media."""
 _MAX_TEXT = {"layout": 256, "rope_scaling": 1024, "numerics": 256, "quantization": 256}
 
 
@@ -73,9 +78,22 @@ def _common(vllm_config: Any, handshake: Handshake, revision: str) -> dict[str, 
         "quantization": _short("quantization", str(model.quantization or "")),
         "numerics": _short(
             "numerics",
-            f"{computed} {cache.prefix_caching_hash_algo} {_digest(_json(config))[:32]}",
+            f"{computed} {cache.prefix_caching_hash_algo} "
+            f"{_digest(_json(config), _json(_changes(vllm_config)))[:32]}",
         ),
     }
+
+
+def _changes(vllm_config: Any) -> dict[str, Any]:
+    """What the command line says of layers and media that the model's configuration does not."""
+    model, media = vllm_config.model_config, vllm_config.model_config.multimodal_config
+    said = {
+        "quantization_config": model.quantization_config,
+        "skipped": sorted(map(str, vllm_config.cache_config.kv_cache_dtype_skip_layers)),
+    }
+    # A request's hashes cover its media and its own settings, not how the engine reads them.
+    said |= {name: getattr(media, name) for name in _MEDIA} if media is not None else {}
+    return {name: value for name, value in said.items() if value}
 
 
 def _rope_length(rope: Mapping[str, Any], model: Any) -> dict[str, Any]:
