@@ -1,6 +1,7 @@
 """The parts of KVStoreConnector one by one: pages, keys, layout, hints, adapters, settings."""
 
 import asyncio
+import dataclasses
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -333,8 +334,6 @@ def test_counts_travel_and_are_shown() -> None:
 
 def test_the_page_names_every_metric_and_setting() -> None:
     """docs/vllm.md is the reference of both."""
-    import dataclasses
-
     from kvstore_client.vllm.options import ConnectorOptions
     from kvstore_client.vllm.stats import METRICS
 
@@ -516,6 +515,28 @@ async def test_roles_are_kept(remote: NodeThread, start: Start) -> None:
 async def test_only_prompts_are_stored_if_so_set(remote: NodeThread, start: Start) -> None:
     """A block with one generated token is an answer's."""
     engine = await asyncio.to_thread(start, remote, settings={"save_output": False})
+    await answers(engine, PROMPT, outputs=30)
+    assert len(remote.node.blocks) == 12
+
+
+def test_what_generated_tokens_see_may_depend_on_where_the_prompt_ended() -> None:
+    """R-SWA: the prompt and a window, so the chain alone does not name an answer's KV."""
+    from kvstore_client.vllm.layout import layout_of
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Rswa(vllm.Spec):
+        rswa_window: int = 8
+
+    assert layout_of(None, group_config(full())).outputs
+    spec = Rswa(**vars(full()))
+    assert not layout_of(None, group_config(full(), spec)).outputs
+
+
+async def test_answers_of_a_diffusion_model_are_not_stored(
+    remote: NodeThread, start: Start
+) -> None:
+    """Their blocks see what stands behind them."""
+    engine = await asyncio.to_thread(start, remote, model_config__is_diffusion=True)
     await answers(engine, PROMPT, outputs=30)
     assert len(remote.node.blocks) == 12
 

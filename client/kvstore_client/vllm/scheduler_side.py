@@ -76,8 +76,10 @@ class SchedulerSide:
         )
         self._caches = bool(vllm_config.cache_config.enable_prefix_caching)
         drafts = has_draft_model(vllm_config)
-        # A draft model's part of a block may still change while the request decodes.
-        self._saves_output = options.save_output and not drafts
+        # A draft model's part of a block may still change while the request decodes, and the
+        # blocks of a diffusion model's answer see those behind them.
+        certain = layout.outputs and not drafts and not vllm_config.model_config.is_diffusion
+        self._saves_output = options.save_output and certain
         self._client = client or options.connect()
         self._losses = LossCount(self._client.counters, tally)
         self._adapters = Adapters()
