@@ -452,11 +452,13 @@ def test_how_an_engine_reads_media_is_part_of_the_space() -> None:
     """A request's hashes cover its media, not what the engine's settings make of them."""
     from kvstore_client.vllm.spaces import _common
 
+    handshake: Any = SimpleNamespace(layout="L")
+
     def numerics(**changes: Any) -> str:
         config = vllm_config(Path("m"), {}, caching=True)
         said = dict.fromkeys(_MEDIA_SETTINGS) | {"media_io_kwargs": {}} | changes
         config.model_config.multimodal_config = SimpleNamespace(**said)
-        return str(_common(config, SimpleNamespace(layout="L"), "r")["numerics"])
+        return str(_common(config, handshake, "r")["numerics"])
 
     changes: list[dict[str, Any]] = [
         {},
