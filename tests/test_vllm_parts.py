@@ -318,6 +318,11 @@ def test_counts_travel_and_are_shown() -> None:
         tally.add("saved_blocks", label="x")
     stats = ConnectorStats(data=tally.take()).aggregate(ConnectorStats(data={"saved_blocks|": 2}))
     assert tally.take() == {}
+    travelled = {"loads|whole": 1}
+    for _ in range(2):  # Each of vLLM's loggers adds up for itself.
+        mine = KVStoreConnector.build_kv_connector_stats(travelled)
+        mine.aggregate(ConnectorStats(data={"loads|whole": 2}))
+        assert mine.data == {"loads|whole": 3}
     assert stats.reduce() == {"loads whole": 1, "saved_blocks": 5}
     registry = prometheus_client.CollectorRegistry()
 
