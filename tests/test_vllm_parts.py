@@ -270,6 +270,29 @@ def test_an_adapter_is_certain_while_its_files_are_the_same() -> None:
     adapters.close()
 
 
+def test_a_request_that_was_preempted_begins_anew() -> None:
+    """It has no pages any more, and the engine may have read its adapter again."""
+    from kvstore_client.vllm.adapters import Adapters
+    from kvstore_client.vllm.asked import Asked
+
+    files = {"p": "one"}
+    adapters = Adapters(lambda path: files[path])
+    use = adapters.use(Lora("a", 1, "p"))
+    use.ran()
+    _until(lambda: use.savable)
+    request = SimpleNamespace(num_preemptions=0)
+    asked = Asked(request, use=use, saved=7, began_at=0)
+    asked.notice_preemption()
+    assert asked.saved == 7 and use.savable
+    request.num_preemptions, files["p"] = 1, "two"
+    asked.notice_preemption()
+    assert asked.saved == 0 and asked.began_at is None and not use.savable
+    use.ran()
+    adapters.read("p").result()
+    assert not use.savable, "it has run with other weights"
+    adapters.close()
+
+
 def test_staging_is_bounded_and_used_again() -> None:
     """What does not fit waits; a block larger than the bound is taken alone."""
     from kvstore_client.vllm.staging import Staging

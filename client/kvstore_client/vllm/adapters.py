@@ -88,6 +88,11 @@ class Use:
             self._after = self._adapters.read(self._adapter.path)
 
 
+    def begins_anew(self) -> None:
+        """The engine may have dropped the adapter meanwhile, and reads it again."""
+        self._after = None
+
+
 class Adapters:
     """Reads adapters in a thread of its own. Used by the scheduler's thread alone.
 

@@ -119,9 +119,7 @@ class SchedulerSide:
         if asked.use is not None and not asked.use.known:
             late_s = asked.came_s + self._options.match_budget_s
             return (None if self._clock.monotonic_s() < late_s else 0), False
-        if request.num_preemptions != asked.preemptions:
-            asked.drop_question()
-            asked.preemptions = request.num_preemptions
+        asked.notice_preemption()
         unit = self._layout.unit_tokens
         held = held_tokens // unit
         # One token at least is left to compute: its logits are wanted.
@@ -403,6 +401,7 @@ class SchedulerSide:
 
     def _savable(self, asked: Asked) -> bool:
         """Whether what this step computes of a request is right, and has a name."""
+        asked.notice_preemption()
         if asked.loading is not None or not asked.named:
             return False
         if asked.use is None:
