@@ -597,6 +597,27 @@ async def test_an_answer_that_has_grown_old_is_asked_for_again(
     await asyncio.to_thread(engine.run)
 
 
+async def test_an_answer_whose_lease_was_given_back_is_asked_for_again(
+    remote: NodeThread, start: Start
+) -> None:
+    """The engine held all of it itself then, and has lost some since."""
+    engine = await asyncio.to_thread(start, remote)
+    await answers(engine, PROMPT)
+    request = engine.add([*PROMPT, *PROMPT])
+    asked = remote.node.calls["Match"]
+
+    def ask(held: int) -> int:
+        while (found := engine.scheduler.get_num_new_matched_tokens(request, held)[0]) is None:
+            pass
+        return int(found)
+
+    assert await asyncio.to_thread(ask, 16) == 32
+    assert await asyncio.to_thread(ask, 48) == 0
+    assert await asyncio.to_thread(ask, 32) == 16
+    assert remote.node.calls["Match"] == asked + 2
+    await asyncio.to_thread(engine.run)
+
+
 async def test_an_answer_that_does_not_come_is_not_waited_for(
     remote: NodeThread, start: Start
 ) -> None:

@@ -282,6 +282,9 @@ class SchedulerSide:
         if blocks <= held:
             question.drop()
             return held
+        if question.dropped:
+            asked.drop_question()  # It had all of it itself then, so the lease is gone.
+            return None
         return self._after_others(asked, held, blocks)
 
     def _ask(self, asked: Asked, held: int, limit: int) -> Question:
