@@ -497,6 +497,19 @@ def test_how_an_engine_reads_media_is_part_of_the_space() -> None:
     assert len({numerics(**change) for change in changes}) == len(changes)
 
 
+@pytest.mark.parametrize(("method", "drafts"), [("ngram", False), ("medusa", False), ("mtp", True)])
+def test_a_draft_model_counts_where_it_writes_pages(method: str, drafts: bool) -> None:
+    """Otherwise answers are stored as well."""
+    from kvstore_client.vllm.spaces import has_draft_model
+
+    config = vllm_config(Path("m"), {}, caching=True)
+    # vLLM names the target itself where there is no other model.
+    config.speculative_config = SimpleNamespace(
+        method=method, draft_model_config=config.model_config
+    )
+    assert has_draft_model(config) is drafts
+
+
 async def test_other_weights_at_the_same_path_are_another_model(
     remote: NodeThread, start: Start, model: Path
 ) -> None:

@@ -14,8 +14,8 @@ from kvstore_client.vllm.metadata import Handshake
 
 _NAMES = {"_name_or_path", "transformers_version"}
 """Fields of a model's configuration that say where it came from and not what it computes."""
-_FROM_TEXT = {"ngram", "ngram_gpu", "suffix"}
-"""Ways to guess the next tokens that need no model."""
+_WITHOUT_PAGES = {"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"}
+"""Ways to guess the next tokens without a KV cache."""
 _MEDIA = (
     "media_io_kwargs", "mm_processor_kwargs", "mm_device_do_normalize", "mm_encoder_attn_dtype",
     "mm_encoder_fp8_scale_path", "video_pruning_rate", "video_pruning_method",
@@ -124,7 +124,7 @@ def has_draft_model(vllm_config: Any) -> bool:
 
 def _draft_model(vllm_config: Any) -> Any:
     speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method in _FROM_TEXT:
+    if speculative is None or speculative.method in _WITHOUT_PAGES:
         return None
     return speculative.draft_model_config
 
