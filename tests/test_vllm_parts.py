@@ -2,7 +2,10 @@
 
 import asyncio
 import dataclasses
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import torch
 from kvstore.api.hint import Reuse, ReuseHint
 from kvstore.api.space import MatchRule
 from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore_client.engine.weights import model_revision, weights_changed_ns
 from kvstore_client.match import Match, Run
 from tests.client_rig import hanging
 from tests.scripted_node import NodeThread
@@ -508,6 +512,31 @@ def test_a_draft_model_counts_where_it_writes_pages(method: str, drafts: bool) -
         method=method, draft_model_config=config.model_config
     )
     assert has_draft_model(config) is drafts
+
+
+def test_files_that_changed_while_the_engine_loaded_give_no_name(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have the weights of before, which the files do not tell any more."""
+    from kvstore_client.vllm import spaces
+
+    config = vllm_config(model, {}, caching=True)
+    changed_ns = weights_changed_ns(model)
+    monkeypatch.setattr(spaces, "started_ns", lambda: changed_ns)
+    assert spaces.revision_of(config, "") == model_revision(str(model))
+    monkeypatch.setattr(spaces, "started_ns", lambda: changed_ns - 1)
+    with pytest.raises(ValueError, match="changed after"):
+        spaces.revision_of(config, "")
+    assert spaces.revision_of(config, "mine") == "mine"
+
+
+def test_a_process_knows_when_it_began() -> None:
+    """On the clock of files: after this one, and before those that it writes."""
+    code = "from kvstore_client.engine.process import started_ns; print(started_ns())"
+    before_ns = time.time_ns()
+    began_ns = int(subprocess.check_output([sys.executable, "-c", code], text=True))
+    tick_ns = 50_000_000
+    assert before_ns - tick_ns <= began_ns <= time.time_ns()
 
 
 async def test_other_weights_at_the_same_path_are_another_model(

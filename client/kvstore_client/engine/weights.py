@@ -36,6 +36,14 @@ def weights_identity(path: Path) -> Identity:
     return tuple(_identity(name, file) for name, file in _files(path))
 
 
+def weights_changed_ns(path: Path) -> int:
+    """When content or inode of a checkpoint's files last changed, on the system's clock.
+
+    Raises ValueError if there are no weights.
+    """
+    return max(changed_ns for *_, changed_ns in weights_identity(path))
+
+
 def checkpoint_digest(path: Path) -> str:
     """The SHA-256, in hex, of the weights, settings and code of a checkpoint or an adapter.
 

@@ -87,7 +87,6 @@ class Use:
         if self._after is None:
             self._after = self._adapters.read(self._adapter.path)
 
-
     def begins_anew(self) -> None:
         """The engine may have dropped the adapter meanwhile, and reads it again."""
         self._after = None

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.api.space import SpaceDescriptor
-from kvstore_client.engine.weights import model_revision
+from kvstore_client.engine.process import started_ns
+from kvstore_client.engine.weights import model_revision, weights_changed_ns
 from kvstore_client.vllm.layout import Group, Layout
 from kvstore_client.vllm.metadata import Handshake
 
@@ -32,10 +33,21 @@ def revision_of(vllm_config: Any, given: str) -> str:
     model = vllm_config.model_config
     if not given and str(vllm_config.load_config.load_format) == "dummy":
         raise ValueError("load_format dummy: these weights have no name; set model_revision")
-    revision = given or model_revision(model.model, model.revision)
+    revision = given or _as_loaded(model)
     draft = _draft_model(vllm_config)
     if draft is not None and draft.model != model.model:
-        revision = _digest(revision, model_revision(draft.model, draft.revision))
+        revision = _digest(revision, _as_loaded(draft))
+    return revision
+
+
+def _as_loaded(model: Any) -> str:
+    """What names the weights that this process has loaded; the files are read after it did."""
+    revision, path = model_revision(model.model, model.revision), Path(model.model)
+    if path.exists() and weights_changed_ns(path) > started_ns():
+        raise ValueError(
+            f"{path}: its files were changed after the engine's process began, so the weights that "
+            "it has loaded have no certain name; start it again, or set model_revision"
+        )
     return revision
 
 
