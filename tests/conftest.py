@@ -27,7 +27,7 @@ NODE_TESTS = (
     "replay_command", "replay_files", "replay_optimum", "plan", "calls", "digests",
     "shared_memory", "client_stream", "in_place", "policy_runs",
     "codecs", "codec_choice", "lossy", "tier_codec", "codec_figures",
-    "bulk", "tls", "vllm_connector", "vllm_faults", "vllm_parts", "vllm_second_reader",
+    "bulk", "tls", "vllm_connector", "vllm_faults", "vllm_parts", "vllm_certainty",
 )  # fmt: skip
 if any(importlib.util.find_spec(name) is None for name in NODE_NEEDS):
     collect_ignore = [f"test_{name}.py" for name in NODE_TESTS]
