@@ -9,8 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from kvstore_client.engine.background import InOrder
 from kvstore_client.engine.weights import model_revision
-from kvstore_client.vllm.background import InOrder
 
 _log = logging.getLogger("kvstore.vllm.adapters")
 
