@@ -28,7 +28,7 @@ NODE_TESTS = (
     "shared_memory", "client_stream", "in_place", "policy_runs",
     "codecs", "codec_choice", "lossy", "tier_codec", "codec_figures",
     "bulk", "tls", "examples",
-    "vllm_connector", "vllm_faults", "vllm_parts", "vllm_second_reader", "vllm_tier", "sglang",
+    "vllm_connector", "vllm_faults", "vllm_parts", "vllm_certainty", "vllm_tier", "sglang",
     "transformers", "transformers_faults", "transformers_refusals", "transformers_identity",
     "transformers_adapters", "transformers_modules", "transformers_sessions",
 )  # fmt: skip

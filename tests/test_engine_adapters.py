@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -109,6 +111,9 @@ def test_a_checkpoint_is_named_by_its_content(tmp_path: Path) -> None:
     changed = {
         "config.json": b"{ }",
         "model.safetensors": b"Weights",
+        "preprocessor_config.json": b"{}",
+        "processor_config.json": b"{}",
+        "video_preprocessor_config.json": b"{}",
         "modeling.py": b"",
         "b.bin": b"",
     }
@@ -130,6 +135,20 @@ def test_weights_replaced_under_their_old_path_have_another_name(tmp_path: Path)
     file.write_bytes(b"WEIGHTS")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert checkpoint_digest(path) != before
+
+
+def test_weights_that_cannot_be_read_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    """The interpreter joins the threads of pools when it ends, and a file system may hang."""
+    path = checkpoint(tmp_path / "model")
+    code = """
+import pathlib, sys, threading
+from kvstore_client.engine import background, weights
+begun = threading.Event()
+weights._content_digest = lambda file: (begun.set(), threading.Event().wait())
+background.in_background(lambda: weights.checkpoint_digest(pathlib.Path(sys.argv[1])))
+assert begun.wait(30)
+"""
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=60)
 
 
 def test_a_model_without_a_name_for_its_weights_is_refused(tmp_path: Path) -> None:

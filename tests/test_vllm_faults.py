@@ -5,6 +5,8 @@ that comes to its end has met no wrong one.
 """
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -251,3 +253,17 @@ async def test_saves_that_find_no_room_are_counted(remote: NodeThread, start: St
     assert counted["unsaved_blocks|dropped"] == 10
     assert counted["unsaved_blocks|failed"] == 3
     assert wrote.reason == "length"
+
+
+def test_an_adapter_that_cannot_be_read_does_not_hold_up_the_end() -> None:
+    """The interpreter joins the threads of pools when it ends, and a file system may hang."""
+    code = """
+import threading
+from tests.stand_ins.vllm_connector import standing_in
+with standing_in():
+    from kvstore_client.vllm.adapters import Adapters
+    adapters = Adapters(lambda path: threading.Event().wait())
+    adapters.read("somewhere")
+    adapters.close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,7 +1,11 @@
 """The parts of KVStoreConnector one by one: pages, keys, layout, hints, adapters, settings."""
 
 import asyncio
+import dataclasses
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +18,7 @@ import torch
 from kvstore.api.hint import Reuse, ReuseHint
 from kvstore.api.space import MatchRule
 from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore_client.engine.weights import model_revision, weights_changed_ns
 from kvstore_client.match import Match, Run
 from tests.client_rig import hanging
 from tests.scripted_node import NodeThread
@@ -269,6 +274,29 @@ def test_an_adapter_is_certain_while_its_files_are_the_same() -> None:
     adapters.close()
 
 
+def test_a_request_that_was_preempted_begins_anew() -> None:
+    """It has no pages any more, and the engine may have read its adapter again."""
+    from kvstore_client.vllm.adapters import Adapters
+    from kvstore_client.vllm.asked import Asked
+
+    files = {"p": "one"}
+    adapters = Adapters(lambda path: files[path])
+    use = adapters.use(Lora("a", 1, "p"))
+    use.ran()
+    _until(lambda: use.savable)
+    request = SimpleNamespace(num_preemptions=0)
+    asked = Asked(request, use=use, saved=7, began_at=0)
+    asked.notice_preemption()
+    assert asked.saved == 7 and use.savable
+    request.num_preemptions, files["p"] = 1, "two"
+    asked.notice_preemption()
+    assert asked.saved == 0 and asked.began_at is None and not use.savable
+    use.ran()
+    adapters.read("p").result()
+    assert not use.savable, "it has run with other weights"
+    adapters.close()
+
+
 def test_staging_is_bounded_and_used_again() -> None:
     """What does not fit waits; a block larger than the bound is taken alone."""
     from kvstore_client.vllm.staging import Staging
@@ -317,6 +345,11 @@ def test_counts_travel_and_are_shown() -> None:
         tally.add("saved_blocks", label="x")
     stats = ConnectorStats(data=tally.take()).aggregate(ConnectorStats(data={"saved_blocks|": 2}))
     assert tally.take() == {}
+    travelled = {"loads|whole": 1}
+    for _ in range(2):  # Each of vLLM's loggers adds up for itself.
+        mine = KVStoreConnector.build_kv_connector_stats(travelled)
+        mine.aggregate(ConnectorStats(data={"loads|whole": 2}))
+        assert mine.data == {"loads|whole": 3}
     assert stats.reduce() == {"loads whole": 1, "saved_blocks": 5}
     registry = prometheus_client.CollectorRegistry()
 
@@ -333,8 +366,6 @@ def test_counts_travel_and_are_shown() -> None:
 
 def test_the_page_names_every_metric_and_setting() -> None:
     """docs/vllm.md is the reference of both."""
-    import dataclasses
-
     from kvstore_client.vllm.options import ConnectorOptions
     from kvstore_client.vllm.stats import METRICS
 
@@ -346,6 +377,15 @@ def test_the_page_names_every_metric_and_setting() -> None:
         assert f"`{field.name}`" in page, field.name
 
 
+_MEDIA_SETTINGS = (
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "mm_device_do_normalize",
+    "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path",
+    "video_pruning_rate",
+    "video_pruning_method",
+)
 CHANGES = {
     "parallel_config__pipeline_parallel_size": (2, "pipeline_parallel_size"),
     "parallel_config__decode_context_parallel_size": (2, "decode_context_parallel_size"),
@@ -375,6 +415,18 @@ def test_another_version_is_refused_and_the_failure_policy_is_set() -> None:
         check_engine("0.33.0", config, group_config(full()))
     check_engine("0.32.1", config, group_config(full()))
     assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
+
+
+def test_media_that_are_named_by_a_counter_are_refused() -> None:
+    """vLLM names them so where neither of its caches needs their content."""
+    from kvstore_client.vllm.requirements import check_engine
+
+    config = vllm_config(Path("m"), {}, caching=False)
+    config.model_config.multimodal_config = SimpleNamespace(mm_processor_cache_gb=0)
+    with pytest.raises(ValueError, match="--mm-processor-cache-gb"):
+        check_engine("0.32.0", config, group_config(full()))
+    config.model_config.multimodal_config.mm_processor_cache_gb = 4
+    check_engine("0.32.0", config, group_config(full()))
 
 
 @pytest.mark.parametrize(
@@ -410,6 +462,8 @@ async def test_weights_without_a_name_stop_the_start(start: Start) -> None:
         {"model_config__dtype": torch.bfloat16},
         {"cache_config__cache_dtype": "fp8"},
         {"model_config__quantization": "awq"},
+        {"model_config__quantization_config": {"linear": "fp8_per_block"}},
+        {"cache_config__kv_cache_dtype_skip_layers": ["0"]},
         {"cache_config__prefix_caching_hash_algo": "sha256_cbor"},
         {"model_config__hf_text_config": SimpleNamespace(to_dict=lambda: {"rope_theta": 1.0})},
     ],
@@ -424,6 +478,65 @@ async def test_engines_that_differ_never_meet(
     second = await asyncio.to_thread(start, remote, **change)
     (read,) = await answers(second, PROMPT)
     assert read.restored == 0
+
+
+def test_how_an_engine_reads_media_is_part_of_the_space() -> None:
+    """A request's hashes cover its media, not what the engine's settings make of them."""
+    from kvstore_client.vllm.spaces import _common
+
+    handshake: Any = SimpleNamespace(layout="L")
+
+    def numerics(**changes: Any) -> str:
+        config = vllm_config(Path("m"), {}, caching=True)
+        said = dict.fromkeys(_MEDIA_SETTINGS) | {"media_io_kwargs": {}} | changes
+        config.model_config.multimodal_config = SimpleNamespace(**said)
+        return str(_common(config, handshake, "r")["numerics"])
+
+    changes: list[dict[str, Any]] = [
+        {},
+        {"mm_processor_kwargs": {"num_crops": 4}},
+        {"media_io_kwargs": {"video": {"num_frames": 40}}},
+        {"video_pruning_rate": 0.5},
+    ]
+    assert len({numerics(**change) for change in changes}) == len(changes)
+
+
+@pytest.mark.parametrize(("method", "drafts"), [("ngram", False), ("medusa", False), ("mtp", True)])
+def test_a_draft_model_counts_where_it_writes_pages(method: str, drafts: bool) -> None:
+    """Otherwise answers are stored as well."""
+    from kvstore_client.vllm.spaces import has_draft_model
+
+    config = vllm_config(Path("m"), {}, caching=True)
+    # vLLM names the target itself where there is no other model.
+    config.speculative_config = SimpleNamespace(
+        method=method, draft_model_config=config.model_config
+    )
+    assert has_draft_model(config) is drafts
+
+
+def test_files_that_changed_while_the_engine_loaded_give_no_name(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have the weights of before, which the files do not tell any more."""
+    from kvstore_client.vllm import spaces
+
+    config = vllm_config(model, {}, caching=True)
+    changed_ns = weights_changed_ns(model)
+    monkeypatch.setattr(spaces, "started_ns", lambda: changed_ns)
+    assert spaces.revision_of(config, "") == model_revision(str(model))
+    monkeypatch.setattr(spaces, "started_ns", lambda: changed_ns - 1)
+    with pytest.raises(ValueError, match="changed after"):
+        spaces.revision_of(config, "")
+    assert spaces.revision_of(config, "mine") == "mine"
+
+
+def test_a_process_knows_when_it_began() -> None:
+    """On the clock of files: after this one, and before those that it writes."""
+    code = "from kvstore_client.engine.process import started_ns; print(started_ns())"
+    before_ns = time.time_ns()
+    began_ns = int(subprocess.check_output([sys.executable, "-c", code], text=True))
+    tick_ns = 50_000_000
+    assert before_ns - tick_ns <= began_ns <= time.time_ns()
 
 
 async def test_other_weights_at_the_same_path_are_another_model(
@@ -478,6 +591,28 @@ async def test_only_prompts_are_stored_if_so_set(remote: NodeThread, start: Star
     assert len(remote.node.blocks) == 12
 
 
+def test_what_generated_tokens_see_may_depend_on_where_the_prompt_ended() -> None:
+    """R-SWA: the prompt and a window, so the chain alone does not name an answer's KV."""
+    from kvstore_client.vllm.layout import layout_of
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Rswa(vllm.Spec):
+        rswa_window: int = 8
+
+    assert layout_of(None, group_config(full())).outputs
+    spec = Rswa(**vars(full()))
+    assert not layout_of(None, group_config(full(), spec)).outputs
+
+
+async def test_answers_of_a_diffusion_model_are_not_stored(
+    remote: NodeThread, start: Start
+) -> None:
+    """Their blocks see what stands behind them."""
+    engine = await asyncio.to_thread(start, remote, model_config__is_diffusion=True)
+    await answers(engine, PROMPT, outputs=30)
+    assert len(remote.node.blocks) == 12
+
+
 async def test_an_answer_that_has_grown_old_is_asked_for_again(
     remote: NodeThread, start: Start
 ) -> None:
@@ -501,6 +636,27 @@ async def test_an_answer_that_has_grown_old_is_asked_for_again(
     assert remote.node.calls["Match"] == asked + 1
     await asyncio.to_thread(_until, lambda: remote.node.calls["Release"] == 1)
     side._clock = engine.ranks[0].connector._worker._clock
+    await asyncio.to_thread(engine.run)
+
+
+async def test_an_answer_whose_lease_was_given_back_is_asked_for_again(
+    remote: NodeThread, start: Start
+) -> None:
+    """The engine held all of it itself then, and has lost some since."""
+    engine = await asyncio.to_thread(start, remote)
+    await answers(engine, PROMPT)
+    request = engine.add([*PROMPT, *PROMPT])
+    asked = remote.node.calls["Match"]
+
+    def ask(held: int) -> int:
+        while (found := engine.scheduler.get_num_new_matched_tokens(request, held)[0]) is None:
+            pass
+        return int(found)
+
+    assert await asyncio.to_thread(ask, 16) == 32
+    assert await asyncio.to_thread(ask, 48) == 0
+    assert await asyncio.to_thread(ask, 32) == 16
+    assert remote.node.calls["Match"] == asked + 2
     await asyncio.to_thread(engine.run)
 
 

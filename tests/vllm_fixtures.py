@@ -1,6 +1,7 @@
 """Fixtures of the tests of vLLM's connector: small engines, and nodes for them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 @pytest.fixture
 def stand_in() -> Iterator[None]:
     """vLLM is what `tests/stand_ins` says."""
-    with vllm_connector.standing_in():
+    with vllm_connector.standing_in(), pytest.MonkeyPatch.context() as patch:
+        # An engine begins when a test makes it, and not with the process of the tests.
+        patch.setattr("kvstore_client.engine.process.started_ns", time.time_ns)
         yield
 
 

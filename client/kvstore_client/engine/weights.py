@@ -7,8 +7,10 @@ content. A snapshot of the hub has a commit.
 import hashlib
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from kvstore_client.engine.background import in_background
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz"}
 _CODE = {".py"}
@@ -16,6 +18,7 @@ _CODE = {".py"}
 _SETTINGS = {
     "config.json", "params.json", "adapter_config.json",
     "quantize_config.json", "quant_config.json", "hf_quant_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 }  # fmt: skip
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _READERS = 4
@@ -35,6 +38,14 @@ def weights_identity(path: Path) -> Identity:
     return tuple(_identity(name, file) for name, file in _files(path))
 
 
+def weights_changed_ns(path: Path) -> int:
+    """When content or inode of a checkpoint's files last changed, on the system's clock.
+
+    Raises ValueError if there are no weights.
+    """
+    return max(changed_ns for *_, changed_ns in weights_identity(path))
+
+
 def checkpoint_digest(path: Path) -> str:
     """The SHA-256, in hex, of the weights, settings and code of a checkpoint or an adapter.
 
@@ -47,8 +58,7 @@ def checkpoint_digest(path: Path) -> str:
         if known is not None and known[0] == identity:
             return known[1]
         files = _files(path)
-        with ThreadPoolExecutor(_READERS, "kvstore-weights") as readers:
-            contents = list(readers.map(_content_digest, (file for _, file in files)))
+        contents = _content_digests([file for _, file in files])
         if weights_identity(path) != identity:
             raise ValueError(f"{path}: changes while it is read")
         whole = hashlib.sha256(b"kvstore weights 1")
@@ -111,6 +121,20 @@ def _identity(name: str, file: Path) -> tuple[str, int, int, int, int, int]:
     return (
         name, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
     )  # fmt: skip
+
+
+def _content_digests(files: Sequence[Path]) -> list[bytes]:
+    """Of each file, read by a few threads at once, which do not hold up the end of the process."""
+    digests = [b""] * len(files)
+    left = iter(range(len(files)))
+
+    def read(left: Iterator[int]) -> None:
+        for index in left:
+            digests[index] = _content_digest(files[index])
+
+    for reader in [in_background(lambda: read(left)) for _ in range(_READERS)]:
+        reader.result()
+    return digests
 
 
 def _content_digest(file: Path) -> bytes:

@@ -6,9 +6,10 @@ computed with weights that have no certain name is neither stored nor loaded.
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
+from kvstore_client.engine.background import InOrder
 from kvstore_client.engine.weights import model_revision
 
 _log = logging.getLogger("kvstore.vllm.adapters")
@@ -87,6 +88,10 @@ class Use:
         if self._after is None:
             self._after = self._adapters.read(self._adapter.path)
 
+    def begins_anew(self) -> None:
+        """The engine may have dropped the adapter meanwhile, and reads it again."""
+        self._after = None
+
 
 class Adapters:
     """Reads adapters in a thread of its own. Used by the scheduler's thread alone.
@@ -97,7 +102,7 @@ class Adapters:
     def __init__(self, digest: Callable[[str], str] = model_revision) -> None:
         self._digest = digest
         self._known: dict[int, Adapter] = {}
-        self._reader = ThreadPoolExecutor(1, "kvstore-adapters")
+        self._reader: InOrder[str] = InOrder()
 
     def use(self, lora: Any) -> Use:
         """A new request uses this adapter."""
@@ -112,8 +117,8 @@ class Adapters:
 
     def read(self, path: str) -> "Future[str]":
         """Begins to read what lies there now."""
-        return self._reader.submit(self._digest, path)
+        return self._reader.submit(lambda: self._digest(path))
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        """Ends the thread, as soon as it has read what it was asked for."""
+        self._reader.close()

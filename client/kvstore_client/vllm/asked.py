@@ -34,7 +34,7 @@ class Asked:
     attempt: int = 0
     """Questions so far."""
     preemptions: int = 0
-    """When the question was asked."""
+    """That have been noticed."""
     named: bool = True
     """False: what it computes rests on KV that is not what its keys say, or may not be."""
     gave_up: bool = False
@@ -51,6 +51,17 @@ class Asked:
     began_at: int | None = None
     """Its computed tokens when it was first part of a step."""
     finished: bool = False
+
+    def notice_preemption(self) -> None:
+        """If it has lost its pages, all of it is asked for, computed and saved anew."""
+        if self.request.num_preemptions == self.preemptions:
+            return
+        self.preemptions = self.request.num_preemptions
+        self.drop_question()
+        self.saved = 0
+        self.began_at = None
+        if self.use is not None:
+            self.use.begins_anew()
 
     def drop_question(self) -> None:
         """Gives back what is leased, or will be. Idempotent."""

@@ -217,7 +217,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:
         """Counts that have travelled as plain data."""
-        return ConnectorStats(data=data or {})
+        return ConnectorStats(data=dict(data or {}))
 
     @classmethod
     def build_prom_metrics(

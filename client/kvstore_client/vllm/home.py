@@ -10,8 +10,8 @@ from typing import Any
 from kvstore.api.errors import KvstoreError
 from kvstore.api.space import SpaceDescriptor
 from kvstore_client.client import Client
+from kvstore_client.engine.background import in_background
 from kvstore_client.space import Space
-from kvstore_client.vllm.background import in_background
 from kvstore_client.vllm.layout import Layout
 from kvstore_client.vllm.metadata import Handshake
 from kvstore_client.vllm.spaces import of_rank, revision_of, spaces_of

@@ -63,6 +63,8 @@ class Layout:
     hashes_per_unit: int
     """Block hashes of vLLM in one unit."""
     groups: tuple[Group, ...]
+    outputs: bool
+    """Whether an answer's KV depends on its chain alone."""
     single: bool
     """Whether vLLM can be told of single pages that failed to load: it has one group in all."""
 
@@ -87,7 +89,13 @@ def layout_of(vllm_config: Any, kv_cache_config: Any) -> Layout:
     if not groups:
         raise ValueError("this model has no KV cache group that could be stored")
     single = len(kv_cache_config.kv_cache_groups) == 1
-    return Layout(unit_tokens, unit_tokens // hash_tokens, groups, single)
+    # Where generated tokens see the prompt and a window (R-SWA) it matters where the prompt ended.
+    outputs = not any(
+        hasattr(spec, "rswa_window")
+        for number in kv_cache_config.prefix_cacheable_group_ids
+        for spec in iter_layer_specs(kv_cache_config.kv_cache_groups[number].kv_cache_spec)
+    )
+    return Layout(unit_tokens, unit_tokens // hash_tokens, groups, outputs, single)
 
 
 def _group(number: int, group: Any, unit_tokens: int) -> Group:

@@ -44,6 +44,12 @@ def _problem(
     ):
         if getattr(parallel, name) != 1:
             return f"{name} {getattr(parallel, name)}: only 1 is supported"
+    media = vllm_config.model_config.multimodal_config
+    if media is not None and not media.mm_processor_cache_gb and not cache.enable_prefix_caching:
+        return (
+            "media are named by a counter and not by their content: add --enable-prefix-caching, "
+            "or --mm-processor-cache-gb above 0"
+        )
     if kv_cache_config.hisparse_host_num_blocks is not None:
         return "a KV cache that lies partly in host memory (HiSparse) is not supported"
     if "PYTHONHASHSEED" in environment:

@@ -78,8 +78,10 @@ class SchedulerSide:
         )
         self._caches = bool(vllm_config.cache_config.enable_prefix_caching)
         drafts = has_draft_model(vllm_config)
-        # A draft model's part of a block may still change while the request decodes.
-        self._saves_output = options.save_output and not drafts
+        # A draft model's part of a block may still change while the request decodes, and the
+        # blocks of a diffusion model's answer see those behind them.
+        certain = layout.outputs and not drafts and not vllm_config.model_config.is_diffusion
+        self._saves_output = options.save_output and certain
         self._client = client or options.connect()
         self._losses = LossCount(self._client.counters, tally)
         self._adapters = Adapters()
@@ -119,9 +121,7 @@ class SchedulerSide:
         if asked.use is not None and not asked.use.known:
             late_s = asked.came_s + self._options.match_budget_s
             return (None if self._clock.monotonic_s() < late_s else 0), False
-        if request.num_preemptions != asked.preemptions:
-            asked.drop_question()
-            asked.preemptions = request.num_preemptions
+        asked.notice_preemption()
         unit = self._layout.unit_tokens
         held = held_tokens // unit
         # One token at least is left to compute: its logits are wanted.
@@ -285,6 +285,9 @@ class SchedulerSide:
         if blocks <= held:
             question.drop()
             return held
+        if question.dropped:
+            asked.drop_question()  # It had all of it itself then, so the lease is gone.
+            return None
         return self._after_others(asked, held, blocks)
 
     def _ask(self, asked: Asked, held: int, limit: int) -> Question:
@@ -404,6 +407,7 @@ class SchedulerSide:
 
     def _savable(self, asked: Asked) -> bool:
         """Whether what this step computes of a request is right, and has a name."""
+        asked.notice_preemption()
         if asked.loading is not None or not asked.named:
             return False
         if asked.use is None:

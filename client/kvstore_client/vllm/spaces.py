@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.api.space import SpaceDescriptor
-from kvstore_client.engine.weights import model_revision
+from kvstore_client.engine.process import started_ns
+from kvstore_client.engine.weights import model_revision, weights_changed_ns
 from kvstore_client.vllm.layout import Group, Layout
 from kvstore_client.vllm.metadata import Handshake
 
 _NAMES = {"_name_or_path", "transformers_version"}
 """Fields of a model's configuration that say where it came from and not what it computes."""
-_FROM_TEXT = {"ngram", "ngram_gpu", "suffix"}
-"""Ways to guess the next tokens that need no model."""
+_WITHOUT_PAGES = {"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"}
+"""Ways to guess the next tokens without a KV cache."""
+_MEDIA = (
+    "media_io_kwargs", "mm_processor_kwargs", "mm_device_do_normalize", "mm_encoder_attn_dtype",
+    "mm_encoder_fp8_scale_path", "video_pruning_rate", "video_pruning_method",
+)  # fmt: skip
+"""Settings that decide what a model sees of media."""
 _MAX_TEXT = {"layout": 256, "rope_scaling": 1024, "numerics": 256, "quantization": 256}
 
 
@@ -27,10 +33,21 @@ def revision_of(vllm_config: Any, given: str) -> str:
     model = vllm_config.model_config
     if not given and str(vllm_config.load_config.load_format) == "dummy":
         raise ValueError("load_format dummy: these weights have no name; set model_revision")
-    revision = given or model_revision(model.model, model.revision)
+    revision = given or _as_loaded(model)
     draft = _draft_model(vllm_config)
     if draft is not None and draft.model != model.model:
-        revision = _digest(revision, model_revision(draft.model, draft.revision))
+        revision = _digest(revision, _as_loaded(draft))
+    return revision
+
+
+def _as_loaded(model: Any) -> str:
+    """What names the weights that this process has loaded; the files are read after it did."""
+    revision, path = model_revision(model.model, model.revision), Path(model.model)
+    if path.exists() and weights_changed_ns(path) > started_ns():
+        raise ValueError(
+            f"{path}: its files were changed after the engine's process began, so the weights that "
+            "it has loaded have no certain name; start it again, or set model_revision"
+        )
     return revision
 
 
@@ -73,9 +90,22 @@ def _common(vllm_config: Any, handshake: Handshake, revision: str) -> dict[str, 
         "quantization": _short("quantization", str(model.quantization or "")),
         "numerics": _short(
             "numerics",
-            f"{computed} {cache.prefix_caching_hash_algo} {_digest(_json(config))[:32]}",
+            f"{computed} {cache.prefix_caching_hash_algo} "
+            f"{_digest(_json(config), _json(_changes(vllm_config)))[:32]}",
         ),
     }
+
+
+def _changes(vllm_config: Any) -> dict[str, Any]:
+    """What the command line says of layers and media that the model's configuration does not."""
+    model, media = vllm_config.model_config, vllm_config.model_config.multimodal_config
+    said = {
+        "quantization_config": model.quantization_config,
+        "skipped": sorted(map(str, vllm_config.cache_config.kv_cache_dtype_skip_layers)),
+    }
+    # A request's hashes cover its media and its own settings, not how the engine reads them.
+    said |= {name: getattr(media, name) for name in _MEDIA} if media is not None else {}
+    return {name: value for name, value in said.items() if value}
 
 
 def _rope_length(rope: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -106,7 +136,7 @@ def has_draft_model(vllm_config: Any) -> bool:
 
 def _draft_model(vllm_config: Any) -> Any:
     speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method in _FROM_TEXT:
+    if speculative is None or speculative.method in _WITHOUT_PAGES:
         return None
     return speculative.draft_model_config
 

@@ -9,8 +9,8 @@ from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.space import SpaceDescriptor
+from kvstore_client.engine.background import in_background
 from kvstore_client.space import Space
-from kvstore_client.vllm.background import in_background
 from kvstore_client.vllm.kernels import describe_kernels
 from kvstore_client.vllm.layout import Group, Layout
 from kvstore_client.vllm.loads import LoadResults, Loads

@@ -1,4 +1,4 @@
-"""What a second reader found in KVStoreConnector."""
+"""KVStoreConnector stores and restores only what is certain: pages, weights, adapters, settings."""
 
 import asyncio
 import threading
