@@ -203,7 +203,7 @@ async def test_a_node_that_does_not_answer_costs_the_budget_once(
 ) -> None:
     """The question is asked once, its answer is nothing."""
     remote.node.play("Match", *[hanging] * 9)
-    engine = await asyncio.to_thread(start, remote, settings={"match_budget_s": 0.2})
+    engine = await asyncio.to_thread(start, remote, settings={"match_budget_s": 2})
     (read,) = await answers(engine, PROMPT)
     assert read.restored == 0
     assert remote.node.calls["Match"] == 1
