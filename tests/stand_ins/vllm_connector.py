@@ -6,16 +6,17 @@ compares them with the installed vLLM. `vllm_mini_engine` has who calls the hook
 """
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from tests.stand_ins.modules import imported_over
 
 VERSION = "0.32.0"
 _OURS = "kvstore_client.vllm"
@@ -371,25 +372,8 @@ MODULES = _MODULES
 @contextmanager
 def standing_in() -> Iterator[None]:
     """`import vllm` finds these meanwhile, and the connector is imported anew over them."""
-
-    def ours(name: str) -> bool:
-        return name.partition(".")[0] == "vllm" or name == _OURS or name.startswith(_OURS + ".")
-
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
-    for name, contents in _MODULES.items():
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            package = ".".join(parts[:end])
-            if package not in sys.modules:
-                sys.modules[package] = ModuleType(package)
-                sys.modules[package].__path__ = []
-        vars(sys.modules[name]).update(contents)
-    try:
+    with imported_over(_MODULES, "vllm", _OURS):
         yield
-    finally:
-        for name in [name for name in sys.modules if ours(name)]:
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
 Hook = Callable[..., Any]

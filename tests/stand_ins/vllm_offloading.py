@@ -4,16 +4,17 @@ Thin, and faithful where the tier relies on it; `tests_engines/vllm/test_tier_co
 the signatures and fields with those of the installed vLLM.
 """
 
-import sys
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from tests.stand_ins.modules import imported_over
 
 VERSION = "0.32.0"
 
@@ -353,25 +354,8 @@ _OURS = "kvstore_client.vllm_tier"
 @contextmanager
 def standing_in() -> Iterator[None]:
     """`import vllm` finds these meanwhile, and the tier is imported anew over them."""
-
-    def ours(name: str) -> bool:
-        return name.partition(".")[0] == "vllm" or name == _OURS or name.startswith(_OURS + ".")
-
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
-    for name, contents in MODULES.items():
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            package = ".".join(parts[:end])
-            if package not in sys.modules:
-                sys.modules[package] = ModuleType(package)
-                sys.modules[package].__path__ = []
-        vars(sys.modules[name]).update(contents)
-    try:
+    with imported_over(MODULES, "vllm", _OURS):
         yield
-    finally:
-        for name in [name for name in sys.modules if ours(name)]:
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
 @dataclass
