@@ -201,6 +201,7 @@ async def quiet(tiered: Tiered) -> None:
     while promoting := set(tiered._promoting.values()):
         await asyncio.wait(promoting)
         await settle()
+    await settle()  # One may have ended just now: who gave up on it unpins after its end.
 
 
 def leaves(tier: Any) -> Iterator[Any]:
