@@ -13,9 +13,10 @@ demo: $(STAMP)
 test: $(STAMP) .gen-venv/.installed
 	$(BIN)/python -m pytest
 
-# With the real vLLM, on the CPU: its environment takes 4 GB, the run less than 15 minutes.
+# With the real vLLM, on the CPU: its environment takes 4 GB, the run less than 15 minutes on two cores.
 test-vllm: $(STAMP) .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -c tests_engines/pytest.ini --rootdir=. tests_engines/vllm
+	.venv-vllm/bin/python -m pytest -c tests_engines/pytest.ini --rootdir=. \
+	  -n 2 --dist loadfile tests_engines/vllm
 
 # The adapter in the engine itself, without a GPU; needs g++ and OpenSSL's headers.
 test-sglang: $(STAMP) .venv-sglang/.installed

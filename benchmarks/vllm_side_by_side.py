@@ -185,15 +185,20 @@ def _size(folder: Path) -> int:
 
 
 def turn_one_bit(folder: Path) -> str:
-    """Turns one bit in the middle of the oldest large file; says where."""
+    """Turns one bit in the middle of the newest large file; says where.
+
+    The newest is of what was asked for, not of the warm-up; and in its middle the uppermost bit of
+    a float32's exponent, if there are floats: one that is felt wherever nobody checks.
+    """
     large = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 1 << 16]
     if not large:
         return "no file"
-    path = min(large, key=lambda each: (each.stat().st_mtime_ns, str(each)))
+    path = max(large, key=lambda each: (each.stat().st_mtime_ns, str(each)))
     content = path.read_bytes().rstrip(b"\0")
-    middle = len(content) // 2
-    near = range(middle, min(middle + 64, len(content)))
-    place = next((at for at in near if content[at] & 0x7F in EXPONENTS), middle)
+    start = len(content) // 2
+    near = [range(start + offset, min(start + 4096, len(content)), 4) for offset in range(4)]
+    common = [[at for at in places if content[at] & 0x7F in EXPONENTS] for places in near]
+    place = max(common, key=len)[0] if any(common) else start
     with path.open("r+b") as file:
         file.seek(place)
         file.write(bytes([content[place] ^ 0x40]))

@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from kvstore_client import Client
 from kvstore_workers.redis_server import RedisServer
+from tests_engines.vllm.cores import cores
 from tests_engines.vllm.report import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,8 +303,9 @@ class Runner:
         stem = self.home / f"run-{self.runs}"
         source, target, log = (stem.with_suffix(end) for end in (".in", ".out", ".log"))
         source.write_text(json.dumps({"engines": list(engines)}))
+        ranks = max(each["llm"].get("tensor_parallel_size", 1) for each in engines)
         listening = {"KVSTORE_WITNESS_EVENTS": str(events.path)} if events is not None else {}
-        with log.open("w") as words, _ended(
+        with cores(alone=ranks > 1), log.open("w") as words, _ended(
             subprocess.Popen(
                 [python, "-m", "tests_engines.vllm.engine_run", str(source), str(target)],
                 stdout=words, stderr=subprocess.STDOUT, cwd=ROOT,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tests_engines.vllm.asking import full_blocks, kvstore, prompt
+from tests_engines.vllm.cores import cores
 from tests_engines.vllm.models import Models
 from tests_engines.vllm.rig import Node
 from tests_engines.vllm.serving import Server
@@ -16,14 +17,14 @@ def test_a_second_server_reports_cached_tokens(home: Path, tiny: Models, node: N
     # As documentation tells users: the connector's own name, without a module path.
     connector = kvstore(node.endpoint)
     del connector["kv_connector_module_path"]
-    with Server(home, tiny["llama"], connector, "first") as server:
+    with cores(), Server(home, tiny["llama"], connector, "first") as server:
         first = server.complete(PROMPT["tokens"])
         warm = server.complete(PROMPT["tokens"])
         node.wait_for(BLOCKS)
         counted = server.metrics()
     assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert counted["vllm:external_prefix_cache_hits_total"] == 0
-    with Server(home, tiny["llama"], connector, "second") as server:
+    with cores(), Server(home, tiny["llama"], connector, "second") as server:
         second = server.complete(PROMPT["tokens"])
         salted = server.complete(PROMPT["tokens"], cache_salt="another")
         counted = server.metrics()

@@ -271,11 +271,10 @@ def test_two_ranks_lie_in_one_row(runner: Runner, tiny: Models, node: Node) -> N
     # Two ranks leave no core to the node: the first connection may take longer than a budget.
     waking = [generate("waking", prompt(50 + each, 300)) for each in range(2)]
     two: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"}
     llama, before = tiny["llama"], node.blocks("memory")
-    [stored] = runner.run(engine("saving", llama, wanted, waking[0], *steps, **two), environ=bind)
+    [stored] = runner.run(engine("saving", llama, wanted, waking[0], *steps, **two))
     assert node.wait_for(before + 2 + 25) == before + 2 + 25
-    [made] = runner.run(engine("loading", llama, wanted, waking[1], *steps, **two), environ=bind)
+    [made] = runner.run(engine("loading", llama, wanted, waking[1], *steps, **two))
     assert_restored(made, stored, blocks=2 * 25)
     assert_same(made["first"], stored["again"])
     [single] = runner.run(engine("single", llama, wanted, steps[0]))
