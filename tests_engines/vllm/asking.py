@@ -67,3 +67,31 @@ def kvstore(endpoint: str, **extra: Any) -> dict[str, Any]:
     patient = {"match_budget_s": MATCH_BUDGET_S, "load_budget_s": LOAD_BUDGET_S, "lease_ms": 60_000}
     settings = {"endpoint": endpoint, "restore_gate": False, "store_budget_s": LOAD_BUDGET_S}
     return connector("KVStoreConnector", **(settings | patient | extra))
+
+
+def offloading(
+    *tiers: dict[str, Any], name: str = "OffloadingConnector", primary_bytes: int = 256 << 20
+) -> dict[str, Any]:
+    """vLLM's own offloading over these tiers."""
+    return connector(
+        name,
+        spec_name="CPUTieringSpec",
+        spec_module_path="tests_engines.vllm.cpu_spec",
+        cpu_bytes_to_use=primary_bytes,
+        secondary_tiers=list(tiers),
+    )
+
+
+def tier(endpoint: str, **settings: Any) -> dict[str, Any]:
+    """Ours, patient unless a test says otherwise."""
+    patient = {"match_budget_s": 60, "load_budget_s": 60, "store_budget_s": 60}
+    return {
+        "type": "KVStoreTier",
+        "module_path": "kvstore_client.vllm_tier",
+        "endpoint": endpoint,
+    } | (patient | settings)
+
+
+def tiered(endpoint: str, **settings: Any) -> dict[str, Any]:
+    """vLLM's offloading over KVStoreTier."""
+    return offloading(tier(endpoint, **settings))

@@ -174,30 +174,7 @@ def test_salts_never_share(runner: Runner, tiny: Models, node: Node) -> None:
         assert_same(loaded[name], saved[f"{name} warm"])
 
 
-# Two ranks.
-
-
-def test_two_ranks_restore_each_its_own_half(runner: Runner, tiny: Models, node: Node) -> None:
-    """A hit needs both parts; the one rank of another process never finds them."""
-    ours = kvstore(node.endpoint, model_revision="ranks")
-    steps = (generate("first", *PROMPTS), generate("again", *PROMPTS))
-    # Two ranks leave no core to the node: the first connection may take longer than a budget.
-    waking = [generate("waking", prompt(50 + each, 300)) for each in range(2)]
-    two: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    llama = tiny["llama"]
-    before = node.blocks("memory")
-    [saved] = runner.run(engine("saving", llama, ours, waking[0], *steps, **two))
-    node.wait_for(before + 2 * (BLOCKS + 2))
-    [loaded] = runner.run(engine("loading", llama, ours, waking[1], *steps, **two))
-    assert_restored(loaded, saved, blocks=2 * BLOCKS)
-    halves = saved.first_digests("computed")
-    ranks = {name.split("/")[1] for name in halves}
-    assert ranks == {"0", "1"}
-    assert len(set(halves.values())) == 2 * (BLOCKS + 2)
-    assert loaded["first"].prompt_tokens(EXTERNAL) == BLOCKS * 128
-    assert_same(loaded["first"], saved["again"])
-    [single] = runner.run(engine("single", llama, ours, steps[0]))
-    assert_nothing_restored(single)
+# What an engine has stored itself.
 
 
 def test_a_forgotten_prefix_comes_back_within_one_process(

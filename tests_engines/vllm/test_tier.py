@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from tests_engines.vllm import recording
-from tests_engines.vllm.asking import ask, connector, engine, full_blocks, generate, prompt
+from tests_engines.vllm.asking import (
+    ask,
+    engine,
+    full_blocks,
+    generate,
+    offloading,
+    prompt,
+    tier,
+    tiered,
+)
 from tests_engines.vllm.models import Models, make_adapter
 from tests_engines.vllm.proxy import Proxy
 from tests_engines.vllm.report import (
@@ -33,34 +42,6 @@ CLOSE = 1e-4
 LOADED = "vllm:kvstore_tier_loaded_chunks"
 STORED = "vllm:kvstore_tier_stored_chunks"
 CACHED = "vllm:prompt_tokens_cached_by_source{source=%s}"
-
-
-def offloading(
-    *tiers: dict[str, Any], name: str = "OffloadingConnector", primary_bytes: int = 256 << 20
-) -> dict[str, Any]:
-    """vLLM's own offloading over these tiers."""
-    return connector(
-        name,
-        spec_name="CPUTieringSpec",
-        spec_module_path="tests_engines.vllm.cpu_spec",
-        cpu_bytes_to_use=primary_bytes,
-        secondary_tiers=list(tiers),
-    )
-
-
-def tier(endpoint: str, **settings: Any) -> dict[str, Any]:
-    """Ours, patient unless a test says otherwise."""
-    patient = {"match_budget_s": 60, "load_budget_s": 60, "store_budget_s": 60}
-    return {
-        "type": "KVStoreTier",
-        "module_path": "kvstore_client.vllm_tier",
-        "endpoint": endpoint,
-    } | (patient | settings)
-
-
-def ours(endpoint: str, **settings: Any) -> dict[str, Any]:
-    """vLLM's offloading over KVStoreTier."""
-    return offloading(tier(endpoint, **settings))
 
 
 # Each kind of model.
@@ -106,13 +87,13 @@ def plain(runner: Runner, tiny: Models) -> dict[str, Engine]:
 @pytest.fixture(scope="module")
 def saved(runner: Runner, tiny: Models, node: Node) -> dict[str, Engine]:
     """All of them over one node, each in spaces of its own."""
-    return _by_name(runner.run(*_engines(tiny, ours(node.endpoint))))
+    return _by_name(runner.run(*_engines(tiny, tiered(node.endpoint))))
 
 
 @pytest.fixture(scope="module")
 def loaded(runner: Runner, tiny: Models, node: Node, saved: dict[str, Engine]) -> dict[str, Engine]:
     """The same in another process, from the node's memory."""
-    return _by_name(runner.run(*_engines(tiny, ours(node.endpoint))))
+    return _by_name(runner.run(*_engines(tiny, tiered(node.endpoint))))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
@@ -159,7 +140,7 @@ def test_a_node_that_was_restarted_serves_it_from_disk(
     assert node.blocks("memory") == 0
     steps = generate("first", *PROMPTS)
     made = runner.run(
-        *(engine(name, tiny[name], ours(node.endpoint), steps) for name in ("llama", "gemma3"))
+        *(engine(name, tiny[name], tiered(node.endpoint), steps) for name in ("llama", "gemma3"))
     )
     for each, kind in zip(made, KINDS, strict=False):
         assert_restored(each, saved[each.name], blocks=kind.blocks)
@@ -179,9 +160,9 @@ def test_redis_gives_it_back_when_the_node_has_lost_all(
         home / "redis", redis_blocks_url=redis.url, **flags
     ) as own:  # fmt: skip
         steps = generate("first", *PROMPTS)
-        [stored] = runner.run(engine("storing", tiny["llama"], ours(own.endpoint), steps))
+        [stored] = runner.run(engine("storing", tiny["llama"], tiered(own.endpoint), steps))
         own.restart()
-        [made] = runner.run(engine("loading", tiny["llama"], ours(own.endpoint), steps))
+        [made] = runner.run(engine("loading", tiny["llama"], tiered(own.endpoint), steps))
     assert_restored(made, stored, blocks=25)
     assert made["first"].counters[f"{LOADED}{{source=redis}}"] == 25
     assert_same(made["first"], plain["llama"]["again"])
@@ -214,7 +195,7 @@ def test_preempted_requests_come_back(runner: Runner, tiny: Models, node: Node) 
 
 def test_salts_never_share(runner: Runner, tiny: Models, node: Node) -> None:
     """Two salts and none: each finds its own, a third nothing."""
-    llama, wanted = tiny["llama"], ours(node.endpoint, model_revision="salts")
+    llama, wanted = tiny["llama"], tiered(node.endpoint, model_revision="salts")
     tokens = prompt(30, 700)
     blocks = full_blocks(tokens)
     salted = {name: tokens | {"salt": name} for name in ("one", "two")} | {"none": tokens}
@@ -264,28 +245,11 @@ def test_adapters_are_known_by_their_weights(
     assert replaced["a"].tokens != stored["a"].tokens
 
 
-def test_two_ranks_lie_in_one_row(runner: Runner, tiny: Models, node: Node) -> None:
-    """A chunk is stored once with both halves; an engine with one rank never finds it."""
-    wanted = ours(node.endpoint, model_revision="ranks")
-    steps = (generate("first", *PROMPTS), generate("again", *PROMPTS))
-    # Two ranks leave no core to the node: the first connection may take longer than a budget.
-    waking = [generate("waking", prompt(50 + each, 300)) for each in range(2)]
-    two: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    llama, before = tiny["llama"], node.blocks("memory")
-    [stored] = runner.run(engine("saving", llama, wanted, waking[0], *steps, **two))
-    assert node.wait_for(before + 2 + 25) == before + 2 + 25
-    [made] = runner.run(engine("loading", llama, wanted, waking[1], *steps, **two))
-    assert_restored(made, stored, blocks=2 * 25)
-    assert_same(made["first"], stored["again"])
-    [single] = runner.run(engine("single", llama, wanted, steps[0]))
-    assert_nothing_restored(single)
-
-
 def test_an_engine_that_cannot_be_served_rightly_does_not_start(
     runner: Runner, tiny: Models, node: Node
 ) -> None:
     """Weak hashes, and adapters that nobody tells the tier of; the message says what to write."""
-    wanted = ours(node.endpoint)
+    wanted = tiered(node.endpoint)
     weak, lora = runner.run(
         engine("weak", tiny["llama"], wanted, prefix_caching_hash_algo="xxhash"),
         engine("lora", tiny["llama"], wanted, **LORA),
@@ -387,15 +351,15 @@ def hurt(
     with Node(home / "hurt") as own, Proxy(own.endpoint) as proxy, Events() as events:
         oracles = runner.run(
             engine("plain", llama, None, *calm, generate("after", AFTER)),
-            engine("saved", llama, ours(own.endpoint), *calm),
+            engine("saved", llama, tiered(own.endpoint), *calm),
         )
         own.restart()
         course = Course(own, proxy, events, list(FAULTS))
         course.begin()
         wanted = {
-            name: ours(proxy.endpoint, shared_memory=False, bulk=False, **fault.budgets)
+            name: tiered(proxy.endpoint, shared_memory=False, bulk=False, **fault.budgets)
             if fault.over_proxy
-            else ours(own.endpoint, **fault.budgets)
+            else tiered(own.endpoint, **fault.budgets)
             for name, fault in FAULTS.items()
         }
         made = runner.run(
@@ -445,7 +409,7 @@ def test_a_flipped_bit_on_disk_is_found_here_and_not_in_the_native_tier(
     with Node(home / "flipped") as own:
         plain, mine, theirs = runner.run(
             engine("plain", llama, None, steps),
-            engine("ours", llama, ours(own.endpoint), steps),
+            engine("ours", llama, tiered(own.endpoint), steps),
             engine("fs", llama, native, steps),
         )
         own.stop()
@@ -453,11 +417,11 @@ def test_a_flipped_bit_on_disk_is_found_here_and_not_in_the_native_tier(
         assert flip_bits(files, "*.bin") == 10  # One file a chunk.
         own.start()
         found, wrong = runner.run(
-            engine("ours", llama, ours(own.endpoint), steps), engine("fs", llama, native, steps)
+            engine("ours", llama, tiered(own.endpoint), steps), engine("fs", llama, native, steps)
         )
         refused = sum(n for name, n in own.counters().items() if "corrupt" in name)
         own.restart()
-        [healed] = runner.run(engine("ours", llama, ours(own.endpoint), steps))
+        [healed] = runner.run(engine("ours", llama, tiered(own.endpoint), steps))
     assert refused > 0, "no spoiled block was met"
     computed = mine.first_digests("computed")
     assert all(computed[key] == digest for key, digest in found.restored_blocks)
