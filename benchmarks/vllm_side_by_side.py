@@ -289,14 +289,14 @@ def show(rows: list[dict[str, Any]]) -> Table:
 
 def ways(home: Path, lmcache_python: str) -> list[Way]:
     """All of them, the oracle first."""
-    serial = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "LMCACHE_TRACK_USAGE": "false"}
     made: list[tuple[type[Way], str, str, dict[str, Any]]] = [
         (Nothing, "no cache", "no connector", {}),
         (Example, "vLLM ExampleConnector", "shared_storage_path", {}),
         (NativeFiles, "vLLM fs tier", "OffloadingConnector; its CPU copies are ours", {}),
     ]
     if lmcache_python:
-        own = {"python": lmcache_python, "environ": serial}
+        own = {"python": lmcache_python, "environ": apart}
         made.append((LMCache, "LMCache", "LMCacheMPConnector, engine in its own process", own))
     made.append((Ours, "kvstore", "KVStoreConnector over a node with a disk", {}))
     for number, (_, _, _, _) in enumerate(made):
