@@ -211,7 +211,7 @@ def turn_one_bit(folder: Path) -> str:
     with path.open("r+b") as file:
         file.seek(place)
         file.write(bytes([content[place] ^ 0x40]))
-    return f"bit 6 of byte {place} of {path.relative_to(folder)}"
+    return f"bit 6 of byte {place} of a file of {path.stat().st_size}"
 
 
 def measure(way: Way, model: Path, prompts: list[Prompt]) -> dict[str, Any]:
