@@ -493,6 +493,25 @@ async def test_who_waits_behind_a_slow_question_does_not_wait_longer(
     assert remote.node.calls["Match"] <= 2
 
 
+async def test_a_load_that_waits_behind_slow_ones_does_not_wait_longer(
+    engines: Engines, remote: NodeThread
+) -> None:
+    """Its budget runs from its submission: when its turn comes too late, nobody is asked."""
+    remote.node.play("Read", *[hanging_stream] * 99)
+    engine = engines.start(remote.endpoint, settings={"load_budget_s": 0.5})
+    keys = keys_of("a prompt", 2)
+    context = engine.request("a", keys)
+    jobs = [
+        engine.primary.job(context, {key: at for at, key in enumerate(keys)}, is_promotion=True)
+        for _ in range(40)
+    ]
+    for job in jobs:
+        engine.tier.submit_load(job)
+    for job in jobs:
+        assert not (await engine.reported(job)).success
+    assert remote.node.calls["Read"] <= 4
+
+
 async def test_drain_leaves_nothing_at_the_primary_tier(
     engines: Engines, remote: NodeThread
 ) -> None:
