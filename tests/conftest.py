@@ -31,6 +31,7 @@ NODE_TESTS = (
     "vllm_connector", "vllm_faults", "vllm_parts", "vllm_certainty", "vllm_tier", "sglang",
     "transformers", "transformers_faults", "transformers_refusals", "transformers_identity",
     "transformers_adapters", "transformers_modules", "transformers_sessions",
+    "transformers_gpu",
 )  # fmt: skip
 if any(importlib.util.find_spec(name) is None for name in NODE_NEEDS):
     collect_ignore = [f"test_{name}.py" for name in NODE_TESTS]

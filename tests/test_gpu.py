@@ -38,6 +38,12 @@ def vram() -> VramPool:
     return pool
 
 
+def until_pinned(copier: Copier, arena: memoryview) -> None:
+    """The test's own limit of time ends it, too."""
+    while not copier.pinned("node", arena):
+        time.sleep(0.001)
+
+
 def test_the_gpu_is_chosen_where_there_is_one() -> None:
     assert choose_device().type == "cuda"
 
@@ -69,8 +75,8 @@ def test_an_arena_is_pinned_and_blocks_go_straight_there_and_back(vram: VramPool
     copier, size = Copier(vram), LAYOUT.block_bytes
     arenas = [memoryview(mmap.mmap(-1, 4 * size)) for _ in range(2)]
     for arena in arenas:
-        copier.pin("node", arena)
-        copier.pin("node", arena)
+        until_pinned(copier, arena)
+        assert copier.pinned("node", arena)
         assert torch.frombuffer(arena, dtype=torch.uint8).is_pinned()
         places = [arena[at * size : (at + 1) * size] for at in (2, 0)]
         copier.to_host([5, 6], places, after=copier.mark())
@@ -80,8 +86,43 @@ def test_an_arena_is_pinned_and_blocks_go_straight_there_and_back(vram: VramPool
         copier.to_device([place.toreadonly() for place in places], [50, 51], after=copier.mark())
         assert [vram.sha256(block) for block in (50, 51)] == [vram.sha256(5), vram.sha256(6)]
     assert not torch.frombuffer(arenas[0], dtype=torch.uint8).is_pinned()
-    copier.pin("node", None)
+    assert not copier.pinned("node", None)
+    until_pinned(copier, arenas[0])
     assert not torch.frombuffer(arenas[1], dtype=torch.uint8).is_pinned()
+    copier.close()
+    assert not torch.frombuffer(arenas[0], dtype=torch.uint8).is_pinned()
+
+
+def test_nobody_waits_while_an_arena_is_pinned(vram: VramPool) -> None:
+    """Neither who asks whether it is, nor copies, nor who asks again."""
+    copier, arena = Copier(vram), memoryview(mmap.mmap(-1, 1 << 30))
+    staging = copier.staging(1)
+    began_s = time.monotonic()
+    answers = [copier.pinned("node", arena)]
+    asking_s = time.monotonic() - began_s
+    copies = 0
+    while not answers[-1]:
+        copier.to_host([3], staging.views, after=copier.mark())
+        copies += 1
+        answers.append(copier.pinned("node", arena))
+    pinning_s = time.monotonic() - began_s
+    assert copies
+    assert asking_s < pinning_s / 10
+    copier.close()
+
+
+def test_neighbours_go_in_one_copy_and_others_in_their_own(vram: VramPool) -> None:
+    copier = Copier(vram)
+    staging = copier.staging(8)
+    places = [staging.views[at] for at in (0, 1, 2, 5, 6, 4, 3)]
+    blocks = [10, 11, 12, 13, 15, 16, 17]
+    wanted = [vram.sha256(block) for block in blocks]
+    copier.to_host(blocks, places, after=copier.mark())
+    assert [hashlib.sha256(place).digest() for place in places] == wanted
+    untouched = vram.sha256(39), vram.sha256(47)
+    copier.to_device(places, range(40, 47), after=copier.mark())
+    assert [vram.sha256(block) for block in range(40, 47)] == wanted
+    assert (vram.sha256(39), vram.sha256(47)) == untouched
 
 
 def test_one_flipped_bit_on_the_host_is_another_digest_in_vram(vram: VramPool) -> None:
@@ -180,11 +221,29 @@ def test_the_bandwidth_of_copies_is_shown(
         sys.stdout.write(f"\n{gpu}: blocks of 2 MiB, {', '.join(figures)}\n")
 
 
-def test_a_worker_on_the_gpu_reuses_blocks_without_a_difference(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    from kvstore_workers.request import Request
-    from kvstore_workers.worker import Worker, WorkerConfig
+@pytest.mark.parametrize(("start", "end"), [(0, 96), (96, 160), (96, 97), (128, 150)])
+def test_fused_attention_sees_what_a_mask_lets_see(start: int, end: int) -> None:
+    pytest.importorskip("transformers")
+    from kvstore_workers.attention import Row, _attend, causal_mask
 
+    device, dtype = choose_device(), torch.bfloat16
+    torch.manual_seed(3)
+    by_block = torch.randn(2, 2, 8, 32, 64, dtype=dtype, device=device)
+    query = torch.randn(8, end - start, 64, dtype=dtype, device=device)
+    table = torch.tensor([3, 1, 7, 2, 5][: -(-end // 32)], device=device)
+    host = torch.device("cpu")
+    assert causal_mask(start, end, 4, dtype, device) is None
+    mask = causal_mask(start, end, 4, torch.float32, host)
+    row = Row(table.cpu(), end, mask)
+    wanted = _attend(query.float().cpu(), by_block.float().cpu(), row, 0.125)
+    fused = _attend(query, by_block, Row(table, end, None), 0.125)
+    assert (fused.float().cpu() - wanted).abs().max() < 0.02
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A model whose prompts of 500 tokens have three whole chunks."""
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(7)
     config = transformers.LlamaConfig(
         vocab_size=512,
@@ -200,7 +259,14 @@ def test_a_worker_on_the_gpu_reuses_blocks_without_a_difference(tmp_path: Path) 
     )
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
-    worker = Worker(WorkerConfig(checkpoint=tmp_path / "model", vram_blocks=128))
+    return tmp_path / "model"
+
+
+def test_a_worker_on_the_gpu_reuses_blocks_without_a_difference(checkpoint: Path) -> None:
+    from kvstore_workers.request import Request
+    from kvstore_workers.worker import Worker, WorkerConfig
+
+    worker = Worker(WorkerConfig(checkpoint=checkpoint, vram_blocks=128))
     mine = Request([(7 * place) % 512 for place in range(500)], 12, logits_tokens=12)
     others = [Request([place % 512 for place in range(length)], 20) for length in (90, 300)]
     cold, warm = worker.generate([mine]), worker.generate([mine])
@@ -209,3 +275,44 @@ def test_a_worker_on_the_gpu_reuses_blocks_without_a_difference(tmp_path: Path) 
     worker.forget_vram()
     assert worker.generate([*others, mine])[2].logits == cold[0].logits
     worker.close()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_a_gpu_computed_another_worker_restores_from_memory_and_disk(
+    checkpoint: Path, tmp_path: Path, pinned: bool
+) -> None:
+    """By memory in between, and straight from and to the node's memory once that is pinned."""
+    pytest.importorskip("pydantic", reason="needs the store node")
+    from kvstore_workers.request import Completion, Request
+    from kvstore_workers.worker import Worker, WorkerConfig
+    from tests.node_process import NodeProcess
+
+    mine = Request([(7 * place) % 512 for place in range(500)], 12, logits_tokens=12)
+
+    def answer() -> Completion:
+        config = WorkerConfig(
+            checkpoint=checkpoint, vram_blocks=128, store_endpoint=node.endpoint,
+            match_budget_s=30.0, restore_budget_s=30.0, store_budget_s=30.0, restore_gate=False,
+        )  # fmt: skip
+        with Worker(config) as worker:
+            filler = 0
+            while pinned and not worker.stats()["arenas_pinned"]:
+                worker.generate([Request([filler] * 200, 1)])
+                filler += 1
+            [completion] = worker.generate([mine])
+            assert worker.flush_spills(30.0)
+            assert not worker.stats().get("spill_failed")
+            return completion
+
+    node = NodeProcess(tmp_path)
+    node.start()
+    try:
+        cold, from_memory = answer(), answer()
+        node.stop()
+        node.start()
+        from_disk = answer()
+    finally:
+        node.kill()
+    assert (cold.restored_tokens, from_memory.restored_tokens) == ({}, {"memory": 384})
+    assert from_disk.restored_tokens == {"disk": 384}
+    assert from_memory.logits == from_disk.logits == cold.logits

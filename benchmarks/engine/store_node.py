@@ -22,11 +22,11 @@ FLAGS = {
 class StoreNode:
     """`kvstore serve` on files in `home`; ends with the `with` block."""
 
-    def __init__(self, home: Path, *, memory_bytes: int) -> None:
+    def __init__(self, home: Path, *, memory_bytes: int, slab_bytes: int = SLAB_BYTES) -> None:
         flags = FLAGS | {
             "--disk-path": str(home / "blocks"),
-            "--memory-capacity-bytes": str(-(-memory_bytes // SLAB_BYTES) * SLAB_BYTES),
-            "--memory-slab-bytes": str(SLAB_BYTES),
+            "--memory-capacity-bytes": str(-(-memory_bytes // slab_bytes) * slab_bytes),
+            "--memory-slab-bytes": str(slab_bytes),
         }
         self._words = [word for flag in flags.items() for word in flag]
         self._child: Child | None = None

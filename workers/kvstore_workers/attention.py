@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from kvstore_workers.vram import VramPool
@@ -27,7 +28,8 @@ class Row:
     length: int
     """Tokens of its context, the new ones included."""
     mask: torch.Tensor | None
-    """Added to the scores; [groups * new tokens, length]; None: every new token sees all."""
+    """Added to the scores; [groups * new tokens, length]. None: each new token sees all that is
+    before it, and itself."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,12 +51,15 @@ def register() -> None:
 
 def causal_mask(
     start: int, end: int, groups: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """The mask of tokens `start` … `end` over their prefix and themselves.
+) -> torch.Tensor | None:
+    """The mask of tokens `start` … `end` over their prefix and themselves; None where none is used.
 
     Shape [groups * (end - start), end], 0 or -inf: the query heads that share a KV head stand
-    below each other, which spares copying keys and values for each of them.
+    below each other, which spares copying keys and values for each of them. A GPU has kernels
+    that know both by themselves and never write the scores down.
     """
+    if device.type == "cuda":
+        return None
     hidden = torch.ones((end - start, end), dtype=torch.bool, device=device).triu(start + 1)
     mask = torch.zeros((end - start, end), dtype=dtype, device=device)
     return mask.masked_fill_(hidden, float("-inf")).repeat(groups, 1)
@@ -96,6 +101,12 @@ def _attend(query: torch.Tensor, by_block: torch.Tensor, row: Row, scaling: floa
     heads, tokens, head_dim = query.shape
     context = by_block.index_select(2, row.table).flatten(2, 3)[:, :, : row.length]
     keys, values = context
+    if row.mask is None and tokens > 1:
+        causal = causal_lower_right(tokens, row.length)
+        output = functional.scaled_dot_product_attention(
+            query[None], keys[None], values[None], causal, scale=scaling, enable_gqa=True
+        )
+        return output[0].transpose(0, 1)
     grouped = query.reshape(1, keys.shape[0], -1, head_dim)
     output = functional.scaled_dot_product_attention(
         grouped, keys[None], values[None], attn_mask=row.mask, scale=scaling

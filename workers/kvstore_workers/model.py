@@ -127,7 +127,7 @@ def load_model(checkpoint: Path, vram: VramPool, width: int) -> PagedModel:
 def describe_numerics(device: torch.device, chunk_tokens: int) -> str:
     """What decides the last bit of a block beside weights and tokens, for a space's descriptor."""
     if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
+        processor = f"{torch.cuda.get_device_name(device)} fused"
     else:
         processor = f"{_instruction_set()} threads={torch.get_num_threads()}"
     version = torch.__version__.partition("+")[0]

@@ -123,33 +123,19 @@ class Restorer:
     def _load(
         self, job: RestoreJob, space: Space, match: Match, wanted: int, deadline_s: float
     ) -> list[str]:
-        """The tiers of the blocks that lie in VRAM now, staging memory by staging memory."""
-        tiers: list[str] = []
-        while len(tiers) < wanted:
-            left_s = deadline_s - self._monotonic_s()
-            if left_s <= 0:
-                break
-            batch = slice(len(tiers), min(len(tiers) + self._staging.blocks, wanted))
-            started_s = self._monotonic_s()
-            came = self._load_batch(job, space, match, batch, left_s)
-            if self.gate is not None:
-                self.gate.loaded(came, self._monotonic_s() - started_s)
-            tiers += came
-            if len(tiers) < batch.stop:
-                break
-        return tiers
+        """The tiers of the blocks that lie in VRAM now.
 
-    def _load_batch(
-        self, job: RestoreJob, space: Space, match: Match, batch: slice, left_s: float
-    ) -> list[str]:
-        """From the node's memory, where it is mapped; what is not there by staging memory."""
-        ends_s = self._monotonic_s() + left_s
-        keys, blocks = job.keys[job.held_blocks :][batch], job.blocks[batch]
-        tiers = self._copy_given(job, space, match, keys, blocks, left_s)
-        left_s = ends_s - self._monotonic_s()
-        if len(tiers) < len(keys) and left_s > 0:
-            rest = slice(len(tiers), None)
-            tiers += self._receive(job, space, match, keys[rest], blocks[rest], left_s)
+        From the node's memory, where that is mapped; what is not there by staging memory.
+        """
+        keys, blocks = job.keys[job.held_blocks :][:wanted], job.blocks[:wanted]
+        laps = _Laps(self.gate, self._monotonic_s)
+        tiers: list[str] = []
+        for way, step in ((self._copy_given, wanted), (self._receive, self._staging.blocks)):
+            while len(tiers) < wanted and (left_s := deadline_s - self._monotonic_s()) > 0:
+                batch = slice(len(tiers), min(len(tiers) + step, wanted))
+                tiers += way(job, space, match, keys[batch], blocks[batch], left_s, laps)
+                if len(tiers) < batch.stop:
+                    break
         return tiers
 
     def _copy_given(
@@ -160,9 +146,12 @@ class Restorer:
         keys: Sequence[bytes],
         blocks: Sequence[int],
         left_s: float,
+        laps: "_Laps",
     ) -> list[str]:
+        """Straight from the node's memory, whatever of the blocks is there or comes to be."""
         client = job.link.client
-        self._copier.pin(client, client.arena)
+        if not self._copier.pinned(client, client.arena):
+            return []
         steps = client.read_in_place(
             space, keys, scopes=job.link.scopes, lease=match, budget_s=left_s
         )
@@ -171,7 +160,9 @@ class Restorer:
             for given in steps:
                 arrived = blocks[len(tiers) : len(tiers) + len(given)]
                 self._copier.to_device([block.view for block in given], arrived, after=job.after)
-                tiers += [block.loaded.tier for block in given]
+                came = [block.loaded.tier for block in given]
+                laps.came(came)
+                tiers += came
         return tiers
 
     def _receive(
@@ -182,6 +173,7 @@ class Restorer:
         keys: Sequence[bytes],
         blocks: Sequence[int],
         left_s: float,
+        laps: "_Laps",
     ) -> list[str]:
         """Blocks are copied up as they come; the client's thread receives later ones meanwhile."""
         views = self._staging.views[: len(keys)]
@@ -195,4 +187,21 @@ class Restorer:
                 rows = slice(len(tiers), len(tiers) + len(loaded))
                 self._copier.to_device(views[rows], blocks[rows], after=job.after)
                 tiers += [block.tier for block in loaded]
+        laps.came(tiers)
         return tiers
+
+
+class _Laps:
+    """Tells the gate how long each part of a load took; what was tried in vain before it counts."""
+
+    def __init__(self, gate: RestoreGate | None, monotonic_s: Callable[[], float]) -> None:
+        self._gate = gate
+        self._monotonic_s = monotonic_s
+        self._since_s = monotonic_s()
+
+    def came(self, tiers: Sequence[str]) -> None:
+        """One part has come, by the tier of each block."""
+        if tiers and self._gate is not None:
+            now_s = self._monotonic_s()
+            self._gate.loaded(tiers, now_s - self._since_s)
+            self._since_s = now_s

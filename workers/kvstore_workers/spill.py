@@ -228,9 +228,8 @@ class Spiller:
         run, keys, blocks = active.run, active.run.keys[batch], active.run.blocks[batch]
         client, space = run.link.client, run.link.space
         held = [False] * len(keys)
-        if space is None:
+        if space is None or not self._copier.pinned(client, client.arena):
             return held
-        self._copier.pin(client, client.arena)
         steps = client.write_in_place(
             space,
             [key.key for key in keys],

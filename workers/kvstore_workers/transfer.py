@@ -11,16 +11,15 @@ kernels launched after `to_device` read what it brought.
 """
 
 import ctypes
-import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from kvstore_workers.pinned import PinnedArenas, address_of
 from kvstore_workers.vram import VramPool
-
-_log = logging.getLogger("kvstore.worker.transfer")
 
 Mark = torch.cuda.Event | None
 """A moment of the compute stream; None where there are no streams."""
@@ -53,9 +52,9 @@ class Copier:
         self._vram = vram
         self._cuda = vram.device.type == "cuda"
         self._host_array = None if self._cuda else vram.bytes.numpy()
-        self._arenas: dict[object, memoryview] = {}
+        self._arenas = PinnedArenas(vram.device, self._still) if self._cuda else None
         self._going_down, self._going_up = threading.Lock(), threading.Lock()
-        """Held while bytes go there; both, while memory that they may use is let go of."""
+        """Held while bytes go there."""
         if self._cuda:
             self._down = torch.cuda.Stream(vram.device)  # type: ignore[no-untyped-call]
             self._up = torch.cuda.Stream(vram.device)  # type: ignore[no-untyped-call]
@@ -63,6 +62,12 @@ class Copier:
     def staging(self, blocks: int) -> Staging:
         """Fresh host memory for `blocks` blocks, pinned on CUDA."""
         return Staging(blocks, self._vram.layout.block_bytes, pinned=self._cuda)
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """No copy is under way meanwhile, and none begins."""
+        with self._going_down, self._going_up:
+            yield
 
     def mark(self) -> Mark:
         """Everything that the calling thread has launched on its compute stream so far."""
@@ -72,27 +77,23 @@ class Copier:
         event.record(torch.cuda.current_stream(self._vram.device))
         return event
 
-    def pin(self, owner: object, arena: memoryview | None) -> None:
-        """Makes an owner's arena memory that the GPU itself copies from and to.
+    def pinned(self, owner: object, arena: memoryview | None) -> bool:
+        """Whether copies from and to an owner's arena need no memory of ours in between, by now.
 
-        An owner has one; the one before, None says the last one, is let go of. Where the driver
-        refuses, copies go through memory of its own.
+        Always so on a CPU; on a GPU once it is pinned, which the first asking begins. An owner has
+        one arena; the one before, None says the last one, is let go of.
         """
-        if not self._cuda:
-            return
-        with self._going_down, self._going_up:
-            before = self._arenas.get(owner)
-            if before is not None and arena is not None and _address(before) == _address(arena):
-                return
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if before is not None:
-                runtime.cudaHostUnregister(_address(before))
-                del self._arenas[owner]
-            if arena is not None:
-                status = int(runtime.cudaHostRegister(_address(arena), len(arena), 0))
-                if status:
-                    _log.warning("the node's memory cannot be pinned: CUDA error %d", status)
-                self._arenas[owner] = arena
+        return self._arenas is None or self._arenas.has(owner, arena)
+
+    @property
+    def arenas_pinned(self) -> int:
+        """How many owners' arenas the GPU copies from and to by itself now."""
+        return len(self._arenas) if self._arenas is not None else 0
+
+    def close(self) -> None:
+        """Lets go of all arenas. Nothing may be copied any more. Idempotent."""
+        if self._arenas is not None:
+            self._arenas.close()
 
     def to_host(self, blocks: Sequence[int], places: Sequence[memoryview], *, after: Mark) -> None:
         """Fills places with the bytes of `blocks`, in order; they are in host memory.
@@ -106,8 +107,8 @@ class Copier:
         device = torch.cuda.device(self._vram.device)
         with self._going_down, device, torch.cuda.stream(self._down):
             _wait(self._down, after)
-            for place, block in zip(places, blocks, strict=True):
-                _as_tensor(place).copy_(self._vram.bytes[block], non_blocking=True)
+            for host, rows in _stretches(places, blocks):
+                host.copy_(self._vram.bytes[rows], non_blocking=True)
             self._down.record_event().synchronize()
 
     def to_device(
@@ -125,19 +126,36 @@ class Copier:
         device = torch.cuda.device(self._vram.device)
         with self._going_up, device, torch.cuda.stream(self._up):
             _wait(self._up, after)
-            for place, block in zip(places, blocks, strict=True):
-                self._vram.bytes[block].copy_(_as_tensor(place), non_blocking=True)
+            for host, rows in _stretches(places, blocks):
+                self._vram.bytes[rows].copy_(host, non_blocking=True)
             self._up.record_event().synchronize()
 
 
-def _address(memory: memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)
+def _stretches(
+    places: Sequence[memoryview], blocks: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Host memory and the blocks that belong to it; neighbours on both sides go in one copy."""
+    size = len(places[0]) if places else 0
+    addresses = list(map(address_of, places))
+    start = 0
+    for at in range(1, len(places) + 1):
+        count = at - start
+        if (
+            at == len(places)
+            or addresses[at] != addresses[start] + count * size
+            or blocks[at] != blocks[start] + count
+        ):
+            yield (
+                _as_tensor(addresses[start], count, size),
+                slice(blocks[start], blocks[start] + count),
+            )
+            start = at
 
 
-def _as_tensor(memory: memoryview) -> torch.Tensor:
-    """The same bytes. By their address: torch warns of memory that may only be read."""
-    there = (ctypes.c_uint8 * len(memory)).from_address(_address(memory))
-    return torch.frombuffer(there, dtype=torch.uint8)
+def _as_tensor(address: int, blocks: int, block_bytes: int) -> torch.Tensor:
+    """Memory as [blocks, block_bytes]. By its address: torch warns of what may only be read."""
+    there = (ctypes.c_uint8 * (blocks * block_bytes)).from_address(address)
+    return torch.frombuffer(there, dtype=torch.uint8).view(blocks, block_bytes)
 
 
 def _wait(stream: torch.cuda.Stream, mark: Mark) -> None:

@@ -126,7 +126,7 @@ class Worker:
         device = choose_device(config.device)
         vram = VramPool(layout, config.vram_blocks, device)
         model = load_model(config.checkpoint, vram, config.max_running)
-        copier = Copier(vram)
+        self._copier = Copier(vram)
         self.descriptor = describe_space(
             config.checkpoint,
             layout,
@@ -135,11 +135,11 @@ class Worker:
         )
         """The space that this worker's blocks live in."""
         connect = connect or partial(_connect, tls_ca_file=config.tls_ca_file)
-        self._tiers = self._open_tiers(copier, connect, gate)
+        self._tiers = self._open_tiers(connect, gate)
         self._engine = Engine(
             model,
             vram,
-            copier,
+            self._copier,
             self._tiers,
             cut=config.cut,
             max_running=config.max_running,
@@ -202,6 +202,7 @@ class Worker:
         }
         stats.update(self._engine.counters)
         if self._tiers is not None:
+            stats["arenas_pinned"] = self._copier.arenas_pinned
             for side, counters in (
                 ("spill", self._tiers.spiller.counters),
                 ("restore", self._tiers.restorer.counters),
@@ -217,10 +218,9 @@ class Worker:
             self._tiers.spiller.close()
             for link in self._tiers.links.values():
                 link.close()
+        self._copier.close()
 
-    def _open_tiers(
-        self, copier: Copier, connect: Connect, gate: RestoreGate | None
-    ) -> Tiers | None:
+    def _open_tiers(self, connect: Connect, gate: RestoreGate | None) -> Tiers | None:
         config = self.config
         endpoint = config.store_endpoint
         if endpoint is None:
@@ -236,7 +236,7 @@ class Worker:
         if gate is None and config.restore_gate:
             gate = RestoreGate(config.block_tokens, block_bytes)
         spiller = Spiller(
-            copier,
+            self._copier,
             block_bytes,
             queue_bytes=config.spill_queue_bytes,
             staging_bytes=config.staging_bytes,
@@ -244,7 +244,7 @@ class Worker:
             record_digests=config.record_spill_digests,
         )
         restorer = Restorer(
-            copier,
+            self._copier,
             block_bytes,
             cut=config.cut,
             staging_bytes=config.staging_bytes,
