@@ -11,9 +11,12 @@ from kvstore.api.tier import BlockRef
 from kvstore.finding import Row, slices
 from kvstore.leases import Lease, LeaseTable, Share
 from kvstore.matching import needed
-from kvstore.reading import windows
+from kvstore.reading import READ_WINDOW_BYTES
 from kvstore.tiers.memory import Slot
 from kvstore.tiers.tiered import Tiered, Want
+
+MOST_PROMOTED_BYTES = 64 << 20
+"""At a time for one lease, so that the deadline of a slower tier can hold."""
 
 Keep = Callable[[Coroutine[None, None, None]], None]
 """Starts a task of the node, which ends with it."""
@@ -70,10 +73,14 @@ class Need:
 class Granting:
     """Fills leases for matches, and ends them."""
 
-    def __init__(self, tiers: Tiered, leases: LeaseTable, keep: Keep) -> None:
+    def __init__(
+        self, tiers: Tiered, leases: LeaseTable, keep: Keep, slow_room_bytes: Callable[[], float]
+    ) -> None:
+        """`slow_room_bytes` says how much the slower tiers can begin to read now."""
         self._tiers = tiers
         self._leases = leases
         self._keep = keep
+        self._slow_room_bytes = slow_room_bytes
 
     async def grant(self, lease: Lease, needs: Sequence[Need]) -> bool:
         """Pins what is in memory and begins to promote the rest, both up to the leases' limit.
@@ -91,6 +98,7 @@ class Granting:
         if not any(share.refs for share in lease.shares):
             self.release(lease)
         if below and not lease.ended:
+            lease.coming.begin(want.ref for want in below)
             self._keep(self._promote(lease, below))
         return not lease.ended
 
@@ -137,15 +145,28 @@ class Granting:
         return part
 
     async def _promote(self, lease: Lease, wants: list[Want]) -> None:
-        """Fetches in windows what a lease waits for, as long as it lives."""
-        for window in windows(wants):
-            if lease.ended:
-                return
-            acquired = [block for block in await self._tiers.acquire(window) if block]
-            if lease.ended:
-                self._tiers.release(acquired)
-            else:
-                lease.held += [block.slot for block in acquired]
+        """Fetches in order what a lease waits for, as long as it lives.
+
+        A step at a time, each as large as the tiers can do well by now; what readers of the lease
+        ask for meanwhile is not asked of a tier a second time, which might refuse it as too much.
+        """
+        largest, start = max(want.size for want in wants), 0
+        try:
+            while start < len(wants) and not lease.ended:
+                step = wants[start : start + max(self._step_bytes() // largest, 1)]
+                acquired = [block for block in await self._tiers.acquire(step) if block]
+                if lease.ended:
+                    self._tiers.release(acquired)
+                else:
+                    lease.held += [block.slot for block in acquired]
+                lease.coming.tried(want.ref for want in step)
+                start += len(step)
+        finally:
+            lease.coming.end()
+
+    def _step_bytes(self) -> int:
+        half = int(min(self._slow_room_bytes() / 2, MOST_PROMOTED_BYTES))
+        return max(half, READ_WINDOW_BYTES)
 
     def release(self, lease: Lease) -> None:
         """Ends a lease."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 
 from kvstore.api.tier import BlockRef
+from kvstore.coming import Coming
 from kvstore.tiers.memory import Slot
 from kvstore.tiers.tiered import Want
 
@@ -59,6 +60,8 @@ class Lease:
     """The blocks that a restore needs, space by space, as far as reserved."""
     held: list[Slot] = field(default_factory=list)
     """What is pinned for it."""
+    coming: Coming = field(default_factory=Coming)
+    """What is being promoted for it."""
     reserved_bytes: int = 0
     ended: bool = False
     _named: tuple[dict[BlockRef, Want], dict[BlockRef, str]] | None = None

@@ -66,6 +66,7 @@ class Node:
         clock: Clock,
         metrics: Metrics,
         slow_is_full: Callable[[int], bool] = lambda size: False,
+        slow_room_bytes: Callable[[], float] = lambda: 0.0,
         known: Spaces | None = None,
     ) -> None:
         self.node_id = node_id
@@ -88,7 +89,7 @@ class Node:
         self._known = known or Spaces()
         """For the codecs of the slower tiers."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._granting = Granting(tiers, leases, self._keep)
+        self._granting = Granting(tiers, leases, self._keep, slow_room_bytes)
         metrics.follow(tiers.usage, lambda: (len(leases), leases.leased_bytes))
         self._keep(self._expire_leases())
 

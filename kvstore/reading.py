@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvstore.api.errors import Shed
 from kvstore.api.tier import BlockRef
+from kvstore.coming import Coming
 from kvstore.leases import Lease
 from kvstore.tiers.lending import Lent
 from kvstore.tiers.tiered import Acquired, Tiered, Want
@@ -56,6 +57,7 @@ class Reading:
         left_s: Callable[[], float],
     ) -> None:
         self._tiers = tiers
+        self._coming = lease.coming if lease else Coming()
         self._known = lease.known if lease else {}
         self._wants = [self._known.get(ref) or Want(ref, None, size) for ref in refs]
         self._origin = lease.tiers if lease else {}
@@ -147,6 +149,7 @@ class Reading:
     async def _hold(self, window: list[Want]) -> dict[BlockRef, Acquired]:
         """The blocks of a window in memory; those of the lease's chain are promoted for it."""
         asked = {want.ref: want for want in window}  # A block may be asked for twice.
+        await self._coming.passed(asked)
         coming = [w for ref, w in asked.items() if ref in self._known or self._tiers.promoting(ref)]
         acquired = await self._tiers.acquire(coming) if coming else []
         held = {block.slot.ref: block for block in acquired if block is not None}

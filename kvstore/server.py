@@ -166,6 +166,7 @@ class NodeServer:
             clock=clock,
             metrics=metrics,
             slow_is_full=lambda size: bool(guards) and all(guard.full(size) for guard in guards),
+            slow_room_bytes=lambda: min((guard.room_bytes for guard in guards), default=0.0),
             known=spaces,
         )
         node.disk = disk

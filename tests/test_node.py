@@ -13,7 +13,7 @@ from kvstore.api.digest import block_digest
 from kvstore.api.errors import InvalidArgument, Shed, UnknownSpace
 from kvstore.api.hint import MAX_RETURN_MS, Reuse, ReuseHint
 from kvstore.api.space import MatchRule, SpaceDescriptor
-from kvstore.api.tier import BlockRef
+from kvstore.api.tier import Block, BlockRef
 from kvstore.events import QUEUE_LENGTH, Draining, Events, SegmentSealed
 from kvstore.leases import Lease, LeaseTable, Share
 from kvstore.matching import longest_match, needed
@@ -22,6 +22,7 @@ from kvstore.policy.policy import Use
 from kvstore.spaces import NAMESPACES
 from kvstore.tenants import Tenant
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.guarded import Guarded
 from kvstore.tiers.slabs import PAGE_BYTES
 from kvstore.tiers.tiered import Tiered, Want
 from kvstore.writing import Incoming
@@ -339,6 +340,63 @@ async def test_a_lease_promotes_what_lies_below(store: Store) -> None:
     await store.press("more")
     assert store.in_memory(keys) == [True] * 6
     assert await store.read(keys, matched=matched) == ["disk"] * 6, "where it lay when matched"
+
+
+@pytest.mark.parametrize("timeout_s", [30.0, 1e-9])
+async def test_a_cold_prefix_arrives_whole_however_little_its_tier_takes_at_a_time(
+    rig: Rig, timeout_s: float
+) -> None:
+    """Who reads under a lease waits for its promotion, and asks the tier for nothing twice."""
+    size, count = 4 << 20, 8
+    below = Faulty(rig.memory(count, slot_bytes=size))
+    guard = Guarded(
+        below, lookup_timeout_s=30.0, timeout_s=timeout_s, clock=rig.clock, metrics=rig.metrics
+    )
+    tiers = Tiered(rig.memory(count, slot_bytes=size), guard, rig.metrics)
+    node = Node(
+        node_id="node", secret=bytes(32), tiers=tiers, leases=LeaseTable(2 * count * size),
+        max_lease_s=MAX_LEASE_S, events=Events(), clock=rig.clock, metrics=rig.metrics,
+        slow_is_full=guard.full, slow_room_bytes=lambda: guard.room_bytes,
+    )  # fmt: skip
+    space_id, keys = node.open_space(descriptor_of(size)), keys_of("cold", count)
+    refs = node.refs(ACME, "", space_id, keys)
+    for ref, parent in zip(refs, [None, *refs], strict=False):
+        data = memoryview(bytes([ref.key[0]]) * size)
+        block = Block(ref, parent, block_digest(space_id, ref.key, data), data)
+        assert await below.store([block]) == [True]
+    matched = await node.match(ACME, [space_id], keys, (), lease_s=10.0)
+    assert matched.lease is not None
+    reading = await node.reading(ACME, (), space_id, keys, matched.lease.lease_id)
+    [window] = reading.windows(count * size)
+    blocks = await reading.pin(window, 10.0)
+    assert [block is not None and block.slot.view[-1] for block in blocks] == [k[0] for k in keys]
+    assert [below.asked["load", ref] for ref in refs] == [1] * count
+    assert rig.counted("tier_errors", tier="memory", cause="full") == 0
+    tiers.release([block for block in blocks if block is not None])
+    node.release(ACME, matched.lease.lease_id)
+    assert_idle(tiers.memory)
+
+
+async def test_who_waits_for_a_promotion_that_ends_early_looks_for_himself(store: Store) -> None:
+    """Its lease was released: what it would still have fetched, a reader fetches."""
+    keys = keys_of("chain", 6)
+    await store.store(keys)
+    await store.press()
+    gate = asyncio.Event()
+
+    async def wait(operation: str, refs: Sequence[BlockRef]) -> None:
+        if operation == "load":
+            await gate.wait()
+
+    store.slow.before = wait
+    matched = await store.match(keys, quietly=False)
+    assert matched.lease is not None
+    reading = asyncio.create_task(store.read(keys, matched=matched))
+    await settle()
+    assert not reading.done()
+    store.node.release(ACME, matched.lease.lease_id)
+    gate.set()
+    assert await reading == ["disk"] * 6
 
 
 async def test_a_lease_expires_by_the_clock(rig: Rig, store: Store) -> None:

@@ -69,6 +69,11 @@ class Guarded:
         """False while a breaker is open."""
         return self._reads.closed and self._writes.closed
 
+    @property
+    def room_bytes(self) -> float:
+        """How much more may be under way to be read."""
+        return max(self._loads.limit_bytes - self._loads.used_bytes, 0.0)
+
     def full(self, size: int) -> bool:
         """Whether a load of `size` bytes would be a miss at once."""
         return not self._loads.admits(size)

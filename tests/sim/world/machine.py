@@ -215,6 +215,7 @@ class Machine:
             clock=self.clock,
             metrics=metrics,
             slow_is_full=lambda size: all(guard.full(size) for guard in guards),
+            slow_room_bytes=lambda: min((guard.room_bytes for guard in guards), default=0.0),
         )
         node.disk = disk
         for space in SPACES:
