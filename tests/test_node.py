@@ -342,61 +342,91 @@ async def test_a_lease_promotes_what_lies_below(store: Store) -> None:
     assert await store.read(keys, matched=matched) == ["disk"] * 6, "where it lay when matched"
 
 
-@pytest.mark.parametrize("timeout_s", [30.0, 1e-9])
+class Cold:
+    """A node whose slower tier alone has a chain, larger than what a tier takes at first."""
+
+    SIZE, COUNT = 4 << 20, 8
+
+    def __init__(self, rig: Rig) -> None:
+        self.below = Faulty(rig.memory(self.COUNT, slot_bytes=self.SIZE))
+        guard = Guarded(
+            self.below, lookup_timeout_s=30.0, timeout_s=30.0, clock=rig.clock, metrics=rig.metrics
+        )
+        self.tiers = Tiered(rig.memory(self.COUNT, slot_bytes=self.SIZE), guard, rig.metrics)
+        self.node = Node(
+            node_id="node", secret=bytes(32), tiers=self.tiers,
+            leases=LeaseTable(2 * self.COUNT * self.SIZE), max_lease_s=MAX_LEASE_S,
+            events=Events(), clock=rig.clock, metrics=rig.metrics,
+            slow_is_full=guard.full, slow_room_bytes=lambda: guard.room_bytes,
+        )  # fmt: skip
+        self.space_id = self.node.open_space(descriptor_of(self.SIZE))
+        self.keys = keys_of("cold", self.COUNT)
+        self.refs = self.node.refs(ACME, "", self.space_id, self.keys)
+        self.gate = asyncio.Event()
+
+    async def fill(self) -> None:
+        """From now on the slower tier answers when the gate is open."""
+        for ref, parent in zip(self.refs, [None, *self.refs], strict=False):
+            data = memoryview(bytes([ref.key[0]]) * self.SIZE)
+            block = Block(ref, parent, block_digest(self.space_id, ref.key, data), data)
+            assert await self.below.store([block]) == [True]
+
+        async def wait(operation: str, refs: Sequence[BlockRef]) -> None:
+            if operation == "load":
+                await self.gate.wait()
+
+        self.below.before = wait
+
+    async def match(self) -> Lease:
+        """The lease on all of it."""
+        matched = await self.node.match(ACME, [self.space_id], self.keys, (), lease_s=10.0)
+        assert matched.lease is not None
+        return matched.lease
+
+    async def read(self, lease: Lease) -> list[int | None]:
+        """The last byte of each block, None for a miss."""
+        reading = await self.node.reading(ACME, (), self.space_id, self.keys, lease.lease_id)
+        [window] = reading.windows(self.COUNT * self.SIZE)
+        blocks = await reading.pin(window, 10.0)
+        self.tiers.release([block for block in blocks if block is not None])
+        return [block.slot.view[-1] if block is not None else None for block in blocks]
+
+
+@pytest.fixture
+async def cold(rig: Rig) -> Cold:
+    """A node that was started again, say."""
+    cold = Cold(rig)
+    await cold.fill()
+    return cold
+
+
 async def test_a_cold_prefix_arrives_whole_however_little_its_tier_takes_at_a_time(
-    rig: Rig, timeout_s: float
+    rig: Rig, cold: Cold
 ) -> None:
     """Who reads under a lease waits for its promotion, and asks the tier for nothing twice."""
-    size, count = 4 << 20, 8
-    below = Faulty(rig.memory(count, slot_bytes=size))
-    guard = Guarded(
-        below, lookup_timeout_s=30.0, timeout_s=timeout_s, clock=rig.clock, metrics=rig.metrics
-    )
-    tiers = Tiered(rig.memory(count, slot_bytes=size), guard, rig.metrics)
-    node = Node(
-        node_id="node", secret=bytes(32), tiers=tiers, leases=LeaseTable(2 * count * size),
-        max_lease_s=MAX_LEASE_S, events=Events(), clock=rig.clock, metrics=rig.metrics,
-        slow_is_full=guard.full, slow_room_bytes=lambda: guard.room_bytes,
-    )  # fmt: skip
-    space_id, keys = node.open_space(descriptor_of(size)), keys_of("cold", count)
-    refs = node.refs(ACME, "", space_id, keys)
-    for ref, parent in zip(refs, [None, *refs], strict=False):
-        data = memoryview(bytes([ref.key[0]]) * size)
-        block = Block(ref, parent, block_digest(space_id, ref.key, data), data)
-        assert await below.store([block]) == [True]
-    matched = await node.match(ACME, [space_id], keys, (), lease_s=10.0)
-    assert matched.lease is not None
-    reading = await node.reading(ACME, (), space_id, keys, matched.lease.lease_id)
-    [window] = reading.windows(count * size)
-    blocks = await reading.pin(window, 10.0)
-    assert [block is not None and block.slot.view[-1] for block in blocks] == [k[0] for k in keys]
-    assert [below.asked["load", ref] for ref in refs] == [1] * count
-    assert rig.counted("tier_errors", tier="memory", cause="full") == 0
-    tiers.release([block for block in blocks if block is not None])
-    node.release(ACME, matched.lease.lease_id)
-    assert_idle(tiers.memory)
-
-
-async def test_who_waits_for_a_promotion_that_ends_early_looks_for_himself(store: Store) -> None:
-    """Its lease was released: what it would still have fetched, a reader fetches."""
-    keys = keys_of("chain", 6)
-    await store.store(keys)
-    await store.press()
-    gate = asyncio.Event()
-
-    async def wait(operation: str, refs: Sequence[BlockRef]) -> None:
-        if operation == "load":
-            await gate.wait()
-
-    store.slow.before = wait
-    matched = await store.match(keys, quietly=False)
-    assert matched.lease is not None
-    reading = asyncio.create_task(store.read(keys, matched=matched))
+    lease = await cold.match()
     await settle()
-    assert not reading.done()
-    store.node.release(ACME, matched.lease.lease_id)
-    gate.set()
-    assert await reading == ["disk"] * 6
+    reading = asyncio.create_task(cold.read(lease))
+    await settle()
+    cold.gate.set()
+    assert await reading == [key[0] for key in cold.keys]
+    assert [cold.below.asked["load", ref] for ref in cold.refs] == [1] * cold.COUNT
+    assert rig.counted("tier_errors", tier="memory", cause="full") == 0
+    cold.node.release(ACME, lease.lease_id)
+    assert_idle(cold.tiers.memory)
+
+
+async def test_who_waits_for_a_promotion_that_ends_early_looks_for_himself(cold: Cold) -> None:
+    """The lease was released: what it would still have fetched, its reader fetches."""
+    lease = await cold.match()
+    await settle()
+    reading = asyncio.create_task(cold.read(lease))
+    await settle()
+    cold.node.release(ACME, lease.lease_id)
+    cold.gate.set()
+    assert await reading == [key[0] for key in cold.keys]
+    await quiet(cold.tiers)
+    assert_idle(cold.tiers.memory)
 
 
 async def test_a_lease_expires_by_the_clock(rig: Rig, store: Store) -> None:
