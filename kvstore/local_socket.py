@@ -70,6 +70,7 @@ class LocalSocket:
             socket_path=str(self.path),
             ticket=self._tickets.give(authorization, "attached"),
             ticket_ms=round(TICKET_S * 1000),
+            slab_bytes=self._node.tiers.memory.largest_block_bytes,
         )
 
     async def close(self) -> None:

@@ -211,7 +211,7 @@ async def test_a_flipped_bit_in_memory_ends_the_pages_before_it(
             until(lambda: writer._client.arena is not None)
             assert all(writer.batch_set_v1(KEYS, STORED, START))
             assert all(writer.batch_get_v1(KEYS, LOADED, START))
-            arena = writer._client.arena
+            arena = writer._client.arena.memory
             arena[bytes(arena).index(pages(pool, STORED)[2])] ^= 1
             if shared_memory:
                 until(lambda: reader._client.arena is not None)

@@ -8,6 +8,7 @@ from typing import Any
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Loaded
 from kvstore_client import Client, Match, Run, Space
+from kvstore_client.arena import ArenaMemory
 from kvstore_client.in_place import EmptySlot, GivenBlock
 from kvstore_client.restore_gate import RestoreGate
 
@@ -45,7 +46,7 @@ class Source:
         return self.client.store(space, keys, blocks, **options)
 
     @property
-    def arena(self) -> memoryview | None:
+    def arena(self) -> ArenaMemory | None:
         return self.client.arena
 
     def write_in_place(

@@ -5,6 +5,7 @@ import mmap
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 PIECE_OF_CACHE = 0.75
 """Of the second cache is copied at a time. glibc moves what is as large as that cache, or larger,
@@ -18,6 +19,14 @@ PIECE_S = 0.001
 _SECOND_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 _MADV_POPULATE_WRITE = 23
 """madvise(2); Python has no name for it yet."""
+
+
+class ArenaMemory(NamedTuple):
+    """All of an arena, for who has to know where it lies: a GPU's driver, say."""
+
+    memory: memoryview
+    slab_bytes: int
+    """No slot lies across a multiple of it; 0: not known."""
 
 
 class MappedArena:
@@ -45,7 +54,7 @@ class MappedArena:
 
     @property
     def memory(self) -> memoryview:
-        """All of it, for who has to know where it lies: a GPU's driver, say."""
+        """All of it."""
         return self._view
 
     def view(self, offset: int, size: int) -> memoryview:

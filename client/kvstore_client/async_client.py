@@ -8,6 +8,7 @@ from kvstore.api.hint import ReuseHint
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.wire import hint_to_wire, pack_keys
+from kvstore_client.arena import ArenaMemory
 from kvstore_client.arguments import (
     Blocks,
     Buffers,
@@ -257,10 +258,12 @@ class AsyncClient(ControlClient):
             await send(self._caller, begin, run, held, deadline)
 
     @property
-    def arena(self) -> memoryview | None:
+    def arena(self) -> ArenaMemory | None:
         """The node's memory as it is mapped here; None where it is not, or not any more."""
         attached = self._neighbour.attached
-        return attached.arena.memory if attached is not None else None
+        if attached is None:
+            return None
+        return ArenaMemory(attached.arena.memory, attached.slab_bytes)
 
     async def write_in_place(
         self,

@@ -31,8 +31,10 @@ Answer = asyncio.Future[pb.LocalReply | None]
 class Attached:
     """The arena of a node, mapped, and calls about it. Its end gives everything back."""
 
-    def __init__(self, arena: MappedArena, messages: Messages) -> None:
+    def __init__(self, arena: MappedArena, messages: Messages, slab_bytes: int = 0) -> None:
         self.arena = arena
+        self.slab_bytes = slab_bytes
+        """No slot lies across a multiple of it; 0: not known."""
         self._messages = messages
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, deque[Answer]] = {}
@@ -54,7 +56,7 @@ class Attached:
         connection, arena = await asyncio.to_thread(
             _hello, invitation.socket_path, invitation.ticket
         )
-        return cls(arena, Messages(connection))
+        return cls(arena, Messages(connection), invitation.slab_bytes)
 
     @property
     def closed(self) -> bool:

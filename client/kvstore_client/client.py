@@ -19,6 +19,7 @@ from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Loaded
 from kvstore.api.tls import Trust
 from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore_client.arena import ArenaMemory
 from kvstore_client.arguments import Blocks, Buffers
 from kvstore_client.async_client import AsyncClient
 from kvstore_client.budgets import Budgets
@@ -282,10 +283,10 @@ class Client:
         return self._quietly("store", storing, [False] * len(keys))
 
     @property
-    def arena(self) -> memoryview | None:
+    def arena(self) -> ArenaMemory | None:
         """See `AsyncClient.arena`."""
 
-        async def ask() -> memoryview | None:
+        async def ask() -> ArenaMemory | None:
             return self._client.arena
 
         return self._quietly("load", ask(), None)

@@ -10,6 +10,7 @@ from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Loaded
 from kvstore_client import Match, Space
+from kvstore_client.arena import ArenaMemory
 from kvstore_client.in_place import EmptySlot, GivenBlock
 
 _log = logging.getLogger("kvstore.worker.link")
@@ -61,7 +62,7 @@ class StoreClient(Protocol):
         """True for each block that the node holds afterwards. Never raises."""
 
     @property
-    def arena(self) -> memoryview | None:
+    def arena(self) -> ArenaMemory | None:
         """The node's memory as it is mapped here, if it is."""
 
     def write_in_place(

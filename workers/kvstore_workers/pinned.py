@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,13 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvstore_client.arena import ArenaMemory
+
+PIECE_BYTES = 64 << 20
+"""At least so much is registered at a time; the driver launches no kernel meanwhile."""
+
 _log = logging.getLogger("kvstore.worker.pinned")
 
 
 class PinnedArenas:
     """The arenas of some owners, one of each. A thread of its own registers them.
 
-    Pinning takes the driver a good part of a second for some GiB, and nobody waits for it.
+    Registering takes some 50 ms for a GiB, in which the driver does nothing else. So it goes in
+    pieces of whole slabs, with as long a pause after each, and nobody waits for all of it.
     Invariant: what is registered stays mapped, because it is kept here.
     """
 
@@ -28,12 +34,19 @@ class PinnedArenas:
         self._device = device
         self._copies = copies
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvstore-pin")
+        self._closing = threading.Event()
+        self.starts: frozenset[int] = frozenset()
+        """The addresses at which what is registered begins: no copy may lie across one."""
         # Both below are guarded by the lock.
         self._lock = threading.Lock()
-        self._asked: dict[object, memoryview] = {}
-        self._pinned: dict[object, memoryview] = {}
+        self._asked: dict[object, ArenaMemory] = {}
+        self._pinned: dict[object, ArenaMemory] = {}
 
-    def has(self, owner: object, arena: memoryview | None) -> bool:
+    def __len__(self) -> int:
+        """How many are pinned now."""
+        return len(self._pinned)
+
+    def has(self, owner: object, arena: ArenaMemory | None) -> bool:
         """Whether an owner's arena is pinned by now; the first asking begins it.
 
         The one that he had before, None says the last one, is let go of. Where the driver refuses,
@@ -44,47 +57,57 @@ class PinnedArenas:
                 self._ask_locked(owner, arena)
             return arena is not None and _same(arena, self._pinned.get(owner))
 
-    def __len__(self) -> int:
-        """How many are pinned now."""
-        return len(self._pinned)
-
     def close(self) -> None:
-        """Lets go of all of them, when what is under way has ended. Idempotent."""
+        """Lets go of all of them. Idempotent."""
+        self._closing.set()
         self._thread.shutdown()
         with self._lock:
             pinned, self._pinned = self._pinned, {}
         for arena in pinned.values():
-            self._let_go(arena)
+            self._let_go(_pieces(arena))
 
-    def _ask_locked(self, owner: object, arena: memoryview | None) -> None:
+    def _ask_locked(self, owner: object, arena: ArenaMemory | None) -> None:
         self._asked.pop(owner, None)
         if arena is not None:
             self._asked[owner] = arena
         self._thread.submit(self._change, owner, self._pinned.pop(owner, None), arena)
 
-    def _change(self, owner: object, before: memoryview | None, arena: memoryview | None) -> None:
+    def _change(self, owner: object, before: ArenaMemory | None, arena: ArenaMemory | None) -> None:
         if before is not None:
-            self._let_go(before)
-        if arena is None:
+            self._let_go(_pieces(before))
+        if arena is None or not self._register(arena):
             return
-        started_s = time.monotonic()
-        with torch.cuda.device(self._device):
-            status = int(_cuda().cudaHostRegister(address_of(arena), len(arena), 0))
-        if status:
-            _log.warning("the node's memory cannot be pinned: CUDA error %d", status)
-            return
-        seconds = time.monotonic() - started_s
-        _log.info("%d MiB of the node's memory pinned in %.2f s", len(arena) >> 20, seconds)
+        _log.info("%d MiB of the node's memory are pinned", len(arena.memory) >> 20)
         with self._lock:
             self._pinned[owner] = arena
 
-    def _let_go(self, arena: memoryview) -> None:
-        with self._copies(), torch.cuda.device(self._device):
-            _cuda().cudaHostUnregister(address_of(arena))
+    def _register(self, arena: ArenaMemory) -> bool:
+        """True if all of it is pinned; else nothing is."""
+        done: list[tuple[int, int]] = []
+        self.starts |= {address for address, _ in _pieces(arena)}
+        for address, size in _pieces(arena):
+            if self._closing.is_set():
+                break
+            started_s = time.monotonic()
+            with torch.cuda.device(self._device):
+                status = int(_cuda().cudaHostRegister(address, size, 0))
+            if status:
+                _log.warning("the node's memory cannot be pinned: CUDA error %d", status)
+                break
+            done.append((address, size))
+            self._closing.wait(time.monotonic() - started_s)
+        else:
+            return True
+        self._let_go(done)
+        return False
 
-
-def _cuda() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    def _let_go(self, pieces: Iterable[tuple[int, int]]) -> None:
+        for address, _ in pieces:
+            started_s = time.monotonic()
+            with self._copies(), torch.cuda.device(self._device):
+                _cuda().cudaHostUnregister(address)
+            self._closing.wait(time.monotonic() - started_s)
+            self.starts -= {address}
 
 
 def address_of(memory: memoryview) -> int:
@@ -92,7 +115,22 @@ def address_of(memory: memoryview) -> int:
     return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
-def _same(one: memoryview | None, other: memoryview | None) -> bool:
+def _pieces(arena: ArenaMemory) -> Iterator[tuple[int, int]]:
+    """Address and size of each: whole slabs, because no block lies across two of those."""
+    start, total = address_of(arena.memory), len(arena.memory)
+    slab_bytes = arena.slab_bytes or total
+    step = max(slab_bytes, PIECE_BYTES // slab_bytes * slab_bytes)
+    for offset in range(0, total, step):
+        yield start + offset, min(step, total - offset)
+
+
+def _same(one: ArenaMemory | None, other: ArenaMemory | None) -> bool:
     if one is None or other is None:
         return one is other
-    return len(one) == len(other) and address_of(one) == address_of(other)
+    return one.memory is other.memory or (
+        len(one.memory) == len(other.memory) and address_of(one.memory) == address_of(other.memory)
+    )
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -12,12 +12,13 @@ kernels launched after `to_device` read what it brought.
 
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from kvstore_client.arena import ArenaMemory
 from kvstore_workers.pinned import PinnedArenas, address_of
 from kvstore_workers.vram import VramPool
 
@@ -63,6 +64,10 @@ class Copier:
         """Fresh host memory for `blocks` blocks, pinned on CUDA."""
         return Staging(blocks, self._vram.layout.block_bytes, pinned=self._cuda)
 
+    @property
+    def _bounds(self) -> frozenset[int]:
+        return self._arenas.starts if self._arenas is not None else frozenset()
+
     @contextmanager
     def _still(self) -> Iterator[None]:
         """No copy is under way meanwhile, and none begins."""
@@ -77,7 +82,7 @@ class Copier:
         event.record(torch.cuda.current_stream(self._vram.device))
         return event
 
-    def pinned(self, owner: object, arena: memoryview | None) -> bool:
+    def pinned(self, owner: object, arena: ArenaMemory | None) -> bool:
         """Whether copies from and to an owner's arena need no memory of ours in between, by now.
 
         Always so on a CPU; on a GPU once it is pinned, which the first asking begins. An owner has
@@ -107,7 +112,7 @@ class Copier:
         device = torch.cuda.device(self._vram.device)
         with self._going_down, device, torch.cuda.stream(self._down):
             _wait(self._down, after)
-            for host, rows in _stretches(places, blocks):
+            for host, rows in _stretches(places, blocks, self._bounds):
                 host.copy_(self._vram.bytes[rows], non_blocking=True)
             self._down.record_event().synchronize()
 
@@ -126,15 +131,18 @@ class Copier:
         device = torch.cuda.device(self._vram.device)
         with self._going_up, device, torch.cuda.stream(self._up):
             _wait(self._up, after)
-            for host, rows in _stretches(places, blocks):
+            for host, rows in _stretches(places, blocks, self._bounds):
                 self._vram.bytes[rows].copy_(host, non_blocking=True)
             self._up.record_event().synchronize()
 
 
 def _stretches(
-    places: Sequence[memoryview], blocks: Sequence[int]
+    places: Sequence[memoryview], blocks: Sequence[int], bounds: Container[int]
 ) -> Iterator[tuple[torch.Tensor, slice]]:
-    """Host memory and the blocks that belong to it; neighbours on both sides go in one copy."""
+    """Host memory and the blocks that belong to it; neighbours on both sides go in one copy.
+
+    But not across an address of `bounds`.
+    """
     size = len(places[0]) if places else 0
     addresses = list(map(address_of, places))
     start = 0
@@ -143,6 +151,7 @@ def _stretches(
         if (
             at == len(places)
             or addresses[at] != addresses[start] + count * size
+            or addresses[at] in bounds
             or blocks[at] != blocks[start] + count
         ):
             yield (

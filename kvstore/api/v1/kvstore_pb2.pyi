@@ -1146,22 +1146,26 @@ class AttachReply(_message.Message):
     SOCKET_PATH_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     TICKET_MS_FIELD_NUMBER: _builtins.int
+    SLAB_BYTES_FIELD_NUMBER: _builtins.int
     socket_path: _builtins.str
     """of a unix socket on the node's host; empty: nothing is shared"""
     ticket: _builtins.bytes
     """32 bytes, to be shown there once"""
     ticket_ms: _builtins.int
     """for how long it is good"""
+    slab_bytes: _builtins.int
+    """no slot lies across a multiple of it; 0: an older node"""
     def __init__(
         self,
         *,
         socket_path: _builtins.str = ...,
         ticket: _builtins.bytes = ...,
         ticket_ms: _builtins.int = ...,
+        slab_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["socket_path", b"socket_path", "ticket", b"ticket", "ticket_ms", b"ticket_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slab_bytes", b"slab_bytes", "socket_path", b"socket_path", "ticket", b"ticket", "ticket_ms", b"ticket_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
