@@ -116,6 +116,38 @@ async def test_slots_that_nobody_filled_are_not_committed(nodes: Nodes) -> None:
     await check_idle(server)
 
 
+async def test_half_of_large_slots_are_committed_while_the_other_half_is_filled(
+    nodes: Nodes,
+) -> None:
+    """What was given last, and was not filled to its end, is not committed."""
+    server = await nodes.start(
+        memory={"capacity_bytes": 128 << 20, "slab_bytes": 4 << 20},
+        shared_memory={"client_fraction": 0.9, "memory_fraction": 0.9},
+    )
+    client = nodes.connect(server)
+    space = await client.open_space(descriptor_of(4 << 20))
+    assert client.arena is not None
+    keys, held = keys_of("large", 10), [False] * 10
+    write = await writing(client, space, keys, held)
+    sizes = []
+    while slots := await write.step():
+        sizes.append(len(slots))
+        for slot in slots:
+            slot.view[:] = bytes([slot.place]) * len(slot.view)
+    assert (sizes, held) == ([5, 5], [True] * 10)
+    read = await reading(client, space, keys)
+    seen = [block.view[-1] for given in [await read.step(), await read.step()] for block in given]
+    assert seen == list(range(10))[: len(seen)]
+    others = keys_of("others", 4)
+    write = await writing(client, space, others, [False] * 4)
+    [slot, *_] = await write.step()
+    slot.view[:] = bytes(4 << 20)
+    await write.end()
+    assert await client.locate(space, others) == [None] * 4
+    await read.end()
+    await idle(server, client, space)
+
+
 async def test_a_read_is_over_when_a_step_is_cancelled(nodes: Nodes) -> None:
     """It does not begin anew, as if its first blocks came next; and nothing stays held."""
     server = await nodes.start(memory={"capacity_bytes": 16 << 20})

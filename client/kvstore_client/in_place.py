@@ -8,6 +8,7 @@ client stays open until then, for its connection says to the node who holds what
 raises: what goes wrong is counted as ever, and ends the write or the read.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.attached import Answer, Attached
 from kvstore_client.budgets import Deadline
 from kvstore_client.caller import Caller
-from kvstore_client.local_transfers import check_slots
+from kvstore_client.local_transfers import check_slots, part_of
 from kvstore_client.space import Space
 
 
@@ -37,9 +38,10 @@ class GivenBlock(NamedTuple):
 
 
 class WriteInPlace:
-    """One run of a chain. `held` says at each step what the node holds of it.
+    """One run of a chain. `held` says at each step what the node is known to hold of it.
 
-    Where the node has no more room the write ends early: what is not held then may go by `store`.
+    Half of the slots are given at a time: the node commits them while the other half is filled.
+    Where it has no more room the write ends early: what is not held then may go by `store`.
     """
 
     def __init__(
@@ -59,8 +61,14 @@ class WriteInPlace:
         self._deadline = deadline
         self._number = 0
         """Of what is under way; 0: nothing is."""
+        self._empty: deque[EmptySlot] = deque()
+        """Reserved, and not given yet."""
         self._given = 0
-        """Slots of the last step: so many are committed, whatever the node has reserved since."""
+        """Slots of the last step: so many are committed by the next."""
+        self._asked: deque[Answer] = deque()
+        """Commits that the node has not answered yet."""
+        self._part = 0
+        """So many slots are given at a time; 0: none is reserved yet."""
         self._over = False
 
     async def step(self) -> list[EmptySlot]:
@@ -71,8 +79,9 @@ class WriteInPlace:
         slots: list[EmptySlot] | None = None
         try:
             if not self._over:
-                ask = self._commit if self._number else self._reserve
-                slots = await self._caller.quietly("store", ask, self._deadline, [self._space])
+                slots = await self._caller.quietly(
+                    "store", self._next, self._deadline, [self._space]
+                )
         finally:
             if not slots:
                 await self.end()
@@ -86,20 +95,32 @@ class WriteInPlace:
             self._attached.done(self._number)
             self._number = 0
 
-    async def _reserve(self) -> list[EmptySlot]:
+    async def _next(self) -> list[EmptySlot]:
+        if not self._part:
+            await self._reserve()
+        else:
+            commit = pb.LocalCommit(blocks=self._given)
+            asking = pb.LocalRequest(number=self._number, commit=commit)
+            self._asked.append(self._attached.ask(asking, self._deadline))
+        while self._asked and (not self._empty or self._asked[0].done()):
+            self._take(await self._attached.reply(self._asked.popleft(), self._deadline))
+        return [self._empty.popleft() for _ in range(min(self._part, len(self._empty)))]
+
+    async def _reserve(self) -> None:
         self._held[:] = [False] * len(self._held)
         self._number = self._attached.number()
-        return await self._call(pb.LocalRequest(number=self._number, reserve=self._begin))
+        request = pb.LocalRequest(number=self._number, reserve=self._begin)
+        reply = await self._attached.call(request, self._deadline)
+        self._take(reply)
+        count = len(self._empty)
+        # A node that takes all slots at a time must not be told before all are filled.
+        self._part = part_of(count, self._space.block_bytes) if reply.slots.in_parts else count
 
-    async def _commit(self) -> list[EmptySlot]:
-        commit = pb.LocalCommit(blocks=self._given)
-        return await self._call(pb.LocalRequest(number=self._number, commit=commit))
-
-    async def _call(self, request: pb.LocalRequest) -> list[EmptySlot]:
-        slots = (await self._attached.call(request, self._deadline)).slots
+    def _take(self, reply: pb.LocalReply) -> None:
+        slots = reply.slots
         check_slots(slots, len(self._held), self._held)
         size = self._space.block_bytes
-        return [
+        self._empty += [
             EmptySlot(place, self._attached.arena.view(offset, size))
             for place, offset in zip(slots.indexes, slots.offsets, strict=True)
         ]

@@ -88,7 +88,8 @@ class _Filling:
         request = pb.LocalRequest(number=self._number, reserve=begin)
         slots = self._take(await self._attached.call(request, self._deadline))
         # A node that takes all slots at a time must not be told before all are filled.
-        part = self._part(len(slots.indexes)) if slots.in_parts else len(self._blocks)
+        count = len(slots.indexes)
+        part = part_of(count, len(self._blocks[0])) if slots.in_parts else len(self._blocks)
         while self._empty or self._asked:
             await self._fill(part)
             if self._asked:
@@ -100,10 +101,6 @@ class _Filling:
         """Gives back the slots that are not committed."""
         if not self._over:
             self._attached.done(self._number)
-
-    def _part(self, slots: int) -> int:
-        """How many blocks are committed at a time, where there are so many slots."""
-        return max(slots // 2, PART_BYTES // len(self._blocks[0]), 1)
 
     async def _fill(self, part: int) -> None:
         filled = 0
@@ -126,6 +123,11 @@ class _Filling:
         self._empty.extend(zip(slots.indexes, slots.offsets, strict=True))
         self._full = slots.full
         return slots
+
+
+def part_of(slots: int, block_bytes: int) -> int:
+    """How many blocks are committed at a time, where there are so many slots."""
+    return max(slots // 2, PART_BYTES // block_bytes, 1)
 
 
 async def fetch(
