@@ -355,9 +355,9 @@ async def test_blocks_that_need_no_work_take_one_thread(
             ]
         storing = asyncio.create_task(tier.store(blocks))
         await settle()
-        assert runner.waiting == threads
+        waiting = runner.waiting
         await runner.release()
-        assert await storing == [True] * 12
+        assert (await storing, waiting) == ([True] * 12, threads)
         assert await present(tier, blocks) == [True] * 12
 
 
