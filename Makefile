@@ -10,8 +10,10 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/kvstore demo --out demo-out --json demo-out/demo.json
 
+# A file at a time in each of two processes, in their order: long ones are not left for the end. A
+# Redis that was named is emptied by every test, so that one process has it to itself.
 test: $(STAMP) .gen-venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(KVSTORE_REDIS_URL),,-n 2 --dist loadfile --no-loadscope-reorder)
 
 # With the real vLLM, on the CPU: its environment takes 4 GB, the run less than 15 minutes on two cores.
 test-vllm: $(STAMP) .venv-vllm/.installed

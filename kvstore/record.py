@@ -105,6 +105,10 @@ class Header:
         """The same record, written now, after so many records and forget records."""
         return replace(self, sequence=sequence, forgets=forgets)
 
+    def with_payload(self, digest: bytes) -> "Header":
+        """The same record for a payload of this digest, whose length it knows already."""
+        return replace(self, payload_digest=digest)
+
 
 def encode_block(
     block: Block, codec: Codec, *, now_s: float, ttl_s: int = 0, digest_raw: bool = True
@@ -112,7 +116,7 @@ def encode_block(
     """The record of a block: header and payload (`block.data` itself where nothing is gained).
 
     Without `digest_raw` the header of a payload that is `block.data` itself lacks its digest, see
-    `with_payload_digest`.
+    `Header.with_payload`.
     """
     codec_id, payload, digest = codec.encode(block)
     digested = b"" if payload is block.data and not digest_raw else payload
@@ -129,11 +133,6 @@ def encode_block(
         payload_digest=xxhash.xxh3_128_digest(digested),
     )
     return header, payload
-
-
-def with_payload_digest(header: Header, payload: memoryview) -> Header:
-    """The same header for this payload, whose length it knows already."""
-    return replace(header, payload_digest=xxhash.xxh3_128_digest(payload))
 
 
 def decode_block(header: Header, name: bytes, payload: memoryview, into: memoryview) -> bytes:

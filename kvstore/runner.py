@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -34,3 +35,28 @@ class ThreadRunner:
         ending.start()
         await asyncio.to_thread(ending.join, timeout_s)
         return not ending.is_alive()
+
+
+async def run_each(
+    runner: Runner, work: Callable[[S], T], items: Sequence[S], *, at_once: int
+) -> list[T]:
+    """What `work` returns of each item, in order. At most `at_once` threads take turns at them.
+
+    A call in a thread of its own costs more than much of this work does. Where `work` raises, or
+    the caller is cancelled, no item is begun any more.
+    """
+    done: dict[int, T] = {}
+    waiting = iter(range(len(items)))  # Threads take turns at it, one `next` at a time.
+    is_over = False
+
+    def take_turns() -> None:
+        for number in waiting:
+            if is_over:
+                return
+            done[number] = work(items[number])
+
+    try:
+        await asyncio.gather(*(runner.run(take_turns) for _ in range(min(at_once, len(items)))))
+    finally:
+        is_over = True
+    return [done[number] for number in range(len(items))]

@@ -55,7 +55,7 @@ def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
 
 @pytest.fixture(scope="session")
 def redis_server_url() -> Iterator[str]:
-    """A real Redis for the whole run: `KVSTORE_REDIS_URL`, or an embedded one."""
+    """A real Redis for the tests of one process: `KVSTORE_REDIS_URL`, or an embedded one."""
     from kvstore_workers.redis_server import RedisServer
 
     with RedisServer(os.environ.get(REDIS_VARIABLE) or None, policy="noeviction") as server:

@@ -1,6 +1,7 @@
 """The disk tier's straight way between files and slots, and who may use a slot meanwhile."""
 
 import asyncio
+import errno
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,17 +10,22 @@ from pathlib import Path
 import pytest
 
 from benchmarks.crash.system_calls import Call, SystemCalls, standing_in
+from kvstore.api.errors import TierError
 from kvstore.api.tier import Block, Load
 from kvstore.files import PAGE_BYTES, SECTOR_BYTES, DirectoryFiles, begins_on_a_page
+from kvstore.record import HEADER_BYTES, Header
 from kvstore.staging import Staging
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_reader import READS_AT_ONCE
+from kvstore.tiers.segment import SEQUENCE_BITS
+from kvstore.tiers.segment import pages as pages_of
+from kvstore.tiers.staged import PIECE_BYTES, WHOLE_BYTES
 from kvstore.tiers.tiered import Tiered, Want
-from tests.disk_rig import MINE, SIZE, chain, refs_of
+from tests.disk_rig import MINE, RECORD_BYTES, SIZE, chain, refs_of
 from tests.sim.blocks import chain_of, present
 from tests.sim.clock import settle
-from tests.sim.files import SimulatedFiles
+from tests.sim.files import FailNth, SimulatedFiles
 from tests.sim.rig import Rig
 from tests.sim.runner import GatedRunner
 
@@ -195,6 +201,164 @@ async def test_a_block_with_a_keeper_that_imitates_records_is_refused(
     files.restart()
     tier = await rig.disk(files)
     assert await present(tier, [first, second, third]) == [True, False, True]
+
+
+class Order(SimulatedFiles):
+    """Notes where each write of a block begins, counted from the record's beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts: list[int] = []
+
+    def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> None:
+        super().write(handle, buffers, offset)
+        self.starts.append(offset - PAGE_BYTES)
+
+
+LARGE = WHOLE_BYTES + 2 * PAGE_BYTES + 100
+PIECES = -(-LARGE // PIECE_BYTES)
+
+
+@pytest.fixture
+def large(rng: random.Random) -> Iterator[Block]:
+    """A block that is written in pieces, the last of which ends within a page."""
+    [block] = chain_of("large", 1, MINE, LARGE)
+    with Staging(0).lent(LARGE) as memory:
+        memory[:] = rng.randbytes(PIECE_BYTES) * 2 + rng.randbytes(LARGE - 2 * PIECE_BYTES)
+        yield block._replace(data=memory, keeper=Counting())
+
+
+async def roomy(rig: Rig, files: SimulatedFiles) -> DiskTier:
+    """A tier of segments that take one large block, and no other."""
+    return await rig.disk(files, capacity_bytes=32 << 20, segment_bytes=4 << 20)
+
+
+async def stored_bytes(tier: DiskTier, block: Block) -> bytes | None:
+    """What the tier gives back of a block."""
+    into = memoryview(bytearray(len(block.data)))
+    [loaded] = await tier.load([Load(block.ref, into)])
+    return bytes(into) if loaded is not None else None
+
+
+async def test_a_large_block_is_written_in_pieces_its_header_last(rig: Rig, large: Block) -> None:
+    """And is the same bytes, before and after a start that looks for it."""
+    files = Order()
+    tier = await roomy(rig, files)
+    assert await tier.store([large]) == [True]
+    record = [start for start in files.starts if start >= 0]
+    assert record == [PAGE_BYTES + n * PIECE_BYTES for n in range(PIECES)] + [0]
+    for _ in range(2):
+        assert await stored_bytes(tier, large) == bytes(large.data)
+        rig.gone(tier)
+        files.restart()
+        tier = await roomy(rig, files)
+
+
+@pytest.mark.parametrize("size", [WHOLE_BYTES, WHOLE_BYTES + 1, WHOLE_BYTES + PIECE_BYTES])
+async def test_blocks_around_the_largest_whole_one_come_back(
+    rig: Rig, rng: random.Random, size: int
+) -> None:
+    """Whether they are written at once or not, and wherever their last piece ends."""
+    [block] = chain_of("edge", 1, MINE, size)
+    with Staging(0).lent(size) as memory:
+        memory[:] = rng.randbytes(PIECE_BYTES)[:1] * size
+        memory[-5000:] = rng.randbytes(5000)
+        tier = await roomy(rig, SimulatedFiles())
+        block = block._replace(data=memory, keeper=Counting())
+        assert await tier.store([block]) == [True]
+        assert await stored_bytes(tier, block) == bytes(memory)
+
+
+@pytest.mark.parametrize("failing", range(1, PIECES + 2))
+async def test_a_large_block_of_which_a_write_fails_is_not_there(
+    rig: Rig, large: Block, failing: int
+) -> None:
+    """Whichever it is; nor after a start. Its room is used again."""
+    files = SimulatedFiles()
+    tier = await roomy(rig, files)
+    [small] = chain("small", 1)
+    assert await tier.store([small]) == [True]
+    files.fault = FailNth(failing, errno.EIO, ["write"])
+    with pytest.raises(TierError):
+        await tier.store([large])
+    assert files.injected["write"] == 1
+    assert await present(tier, [small, large]) == [True, False]
+    assert len(files.content(min(files.names()))) == PAGE_BYTES + RECORD_BYTES
+    rig.gone(tier)
+    files.restart()
+    tier = await roomy(rig, files)
+    assert await present(tier, [small, large]) == [True, False]
+    assert await tier.store([large]) == [True]
+    assert await stored_bytes(tier, large) == bytes(large.data)
+
+
+async def test_a_large_block_is_whole_or_gone_after_a_power_cut(rig: Rig, large: Block) -> None:
+    """All of its writes came to the device, or it is not there, whichever one is missing."""
+    files = SimulatedFiles()
+    tier = await roomy(rig, files)
+    assert await tier.store([large]) == [True]
+    [name] = files.names()
+    rig.gone(tier)
+    first, *writes = [(at, data) for at, data in files._names[name].unsafe if data is not None]
+    assert len(writes) == PIECES + 1
+    for lost in [None, *range(len(writes))]:
+        content = bytearray(PAGE_BYTES + PAGE_BYTES + pages_of(LARGE))
+        for at, data in [first, *(write for n, write in enumerate(writes) if n != lost)]:
+            content[at : at + len(data)] = data
+        files = SimulatedFiles()
+        files.put(name, bytes(content))
+        tier = await roomy(rig, files)
+        expected = bytes(large.data) if lost is None else None
+        assert await stored_bytes(tier, large) == expected, f"write {lost} is missing"
+        assert rig.counted("corrupt", tier="disk") == 0
+        await tier.close()
+        rig.gone(tier)
+
+
+@pytest.mark.parametrize("piece", range(PIECES))
+async def test_a_large_block_that_imitates_a_record_in_any_piece_is_refused(
+    rig: Rig, large: Block, piece: int
+) -> None:
+    """The record that it holds is never on the device, whatever was written before it."""
+    files = SimulatedFiles()
+    tier = await roomy(rig, files)
+    forged = Header(
+        name=b"\x66" * 32, sequence=(1 << SEQUENCE_BITS) + 5, block_bytes=0, stored_bytes=0
+    )
+    at = piece * PIECE_BYTES + PAGE_BYTES
+    large.data[at : at + HEADER_BYTES] = forged.pack()[: LARGE - at]
+    assert await tier.store([large, *chain("beside", 1)]) == [False, True]
+    assert forged.pack()[:100] not in files.content(min(files.names()))
+    rig.gone(tier)
+    files.restart()
+    tier = await roomy(rig, files)
+    assert await present(tier, [large, *chain("beside", 1)]) == [False, True]
+    assert tier.usage()[0].blocks == 1
+
+
+@pytest.mark.parametrize(("kept", "codec", "threads"), [
+    (True, "raw", 1), (False, "raw", 8), (True, "bitshuffle-lz4", 8),
+])  # fmt: skip
+async def test_blocks_that_need_no_work_take_one_thread(
+    rig: Rig, kept: bool, codec: str, threads: int
+) -> None:
+    """Others are copied or encoded side by side, and no more than eight at a time."""
+    runner = GatedRunner()
+    tier = await rig.disk(runner=runner, codec=codec)
+    blocks = chain(count=12)
+    runner.held = True
+    with Staging(0).lent(12 * 2 * PAGE_BYTES) as memory:
+        if kept:
+            blocks = [
+                placed(block, memory[n * 2 * PAGE_BYTES :], Counting())
+                for n, block in enumerate(blocks)
+            ]
+        storing = asyncio.create_task(tier.store(blocks))
+        await settle()
+        waiting = runner.waiting
+        await runner.release()
+        assert (await storing, waiting) == ([True] * 12, threads)
+        assert await present(tier, blocks) == [True] * 12
 
 
 async def over_hanging_files(rig: Rig, files: HangingFiles, *, slots: int = 4) -> Tiered:

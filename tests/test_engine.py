@@ -263,6 +263,13 @@ def one(worker: Worker, prompt: Sequence[int], new: int = 4, **changes: Any) -> 
     return completion
 
 
+def spilled(worker: Worker, prompt: Sequence[int], **changes: Any) -> Completion:
+    """The same, with its blocks in the store: they go there beside the answer, or after it."""
+    completion = one(worker, prompt, **changes)
+    assert worker.flush_spills(30.0)
+    return completion
+
+
 def cached_blocks(worker: Worker, prompt: Sequence[int]) -> list[int]:
     """Where the prompt's canonical blocks lie in VRAM, after it was computed if need be."""
     one(worker, prompt)
@@ -394,7 +401,7 @@ def test_what_is_computed_sooner_than_loaded_is_computed(start: Start, store: St
 
 def test_vram_and_store_together_restore_one_prefix(start: Start, store: StoreTwin) -> None:
     prompt = tokens(150)
-    cold = one(start(store), prompt)
+    cold = spilled(start(store), prompt)
     second = start(store)
     one(second, prompt[:70], use_cache=True)
     warm = one(second, prompt)
@@ -407,7 +414,7 @@ def test_a_store_that_has_part_of_a_chunk_restores_whole_chunks_only(
     start: Start, store: StoreTwin
 ) -> None:
     prompt = tokens(150)
-    cold = one(start(store), prompt)
+    cold = spilled(start(store), prompt)
     forgotten = list(store.blocks)[CHUNK // BLOCK + 2 :]
     for name in forgotten:
         del store.blocks[name]
@@ -424,6 +431,7 @@ def test_a_partial_chunk_and_an_answer_are_never_reused(start: Start, store: Sto
     second = one(worker, conversation)
     assert second.restored_tokens == {"vram": CHUNK}
     assert second.logits == one(worker, conversation, use_cache=False).logits
+    assert worker.flush_spills(30.0)
     assert len(store.blocks) == (len(conversation) - 1) // CHUNK * CHUNK // BLOCK
 
 
@@ -486,7 +494,7 @@ def test_tenants_and_salts_never_meet_in_vram_or_store(
 
 def test_a_shared_scope_is_where_blocks_go_and_come_from(start: Start, store: StoreTwin) -> None:
     prompt = tokens(100)
-    one(start(store, scope="team"), prompt)
+    spilled(start(store, scope="team"), prompt)
     assert {name[1] for name in store.blocks} == {"team"}
     assert one(start(store), prompt).restored_tokens == {}
     assert one(start(store, scope="team"), prompt).restored_tokens == {"memory": 96}
@@ -657,7 +665,7 @@ def test_after_a_refusal_chains_are_offered_whole(start: Start, store: StoreTwin
 @pytest.mark.parametrize("fault", ["short", "empty", "broken"])
 def test_a_failed_load_is_computed_instead(start: Start, store: StoreTwin, fault: str) -> None:
     prompt = tokens(150)
-    cold = one(start(store), prompt)
+    cold = spilled(start(store), prompt)
     store.load_at_most = {"short": 7, "empty": 0, "broken": 100}[fault]
     store.breaks = fault == "broken"
     warm = one(start(store), prompt)

@@ -19,7 +19,7 @@ from kvstore.codec import Codec
 from kvstore.files import Files
 from kvstore.metrics import Metrics
 from kvstore.names import block_name, namespace_tag
-from kvstore.runner import Runner
+from kvstore.runner import Runner, run_each
 from kvstore.staging import Staging
 from kvstore.tiers.disk_index import DiskIndex, Entry
 from kvstore.tiers.disk_reader import TIER, DiskReader, judge
@@ -34,6 +34,8 @@ GROUP_BYTES = 16 << 20
 """So much of a batch is copied, or encoded, and written at once."""
 KEPT_PART = 4
 """A block that may be written from where it lies counts as so much less: most take no memory."""
+STAGED_AT_ONCE = 8
+"""So many threads encode or copy blocks at most. Where they are left as they are one is faster."""
 STAGING_BYTES = 64 << 20
 """So much of the memory that this takes is kept for the next."""
 SCRUB_PAUSE_S = 0.1
@@ -223,11 +225,14 @@ class DiskTier:
                 self._index.remove([entry.name])
 
     async def _staged(self, blocks: Sequence[Block]) -> list[Staged]:
-        """The records of a few blocks, which are encoded side by side."""
-        encode = partial(stage, codec=self._codec, staging=self._staging)
-        now_s = self._clock.wall_s()
-        work = [self._runner.run(partial(encode, block, now_s=now_s)) for block in blocks]
-        return [record for record in await asyncio.gather(*work) if record is not None]
+        """The records of a few blocks, which are encoded or copied side by side, if they are."""
+        staged = partial(
+            stage, codec=self._codec, staging=self._staging, now_s=self._clock.wall_s()
+        )
+        busy = any(b.keeper is None or self._codec.works_on(b.ref.namespace) for b in blocks)
+        at_once = STAGED_AT_ONCE if busy else 1
+        records = await run_each(self._runner, staged, blocks, at_once=at_once)
+        return [record for record in records if record is not None]
 
     def _rooted(self, blocks: Sequence[Block]) -> list[Block]:
         """The blocks whose parent is here, or among them."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 from kvstore.api.errors import TierError
 from kvstore.metrics import Metrics
 from kvstore.record import Header, Kind, check_payload
-from kvstore.runner import Runner
+from kvstore.runner import Runner, run_each
 from kvstore.staging import Staging
 from kvstore.tiers.disk_index import DiskIndex, Entry, survivors
 from kvstore.tiers.disk_reader import DiskReader
@@ -304,40 +304,28 @@ class DiskWriter:
     async def _write(self, placed: Sequence[tuple[Placed, Staged]]) -> list[Placed]:
         if not placed:
             return []
-        outcomes: dict[int, Placed | Exception | None] = {}
-        waiting = iter(range(len(placed)))  # Threads take turns at it, one `next` at a time.
-
-        def write() -> None:
-            for number in waiting:
-                outcomes[number] = self._write_one(*placed[number])
-
-        threads = min(WRITES_AT_ONCE, len(placed))
-        await asyncio.gather(*(self._runner.run(write) for _ in range(threads)))
-        in_order = [outcomes[number] for number in range(len(placed))]
-        written = [outcome for outcome in in_order if isinstance(outcome, Placed)]
+        outcomes = await run_each(self._runner, self._write_one, placed, at_once=WRITES_AT_ONCE)
+        written = [outcome for outcome in outcomes if isinstance(outcome, Placed)]
         await self._runner.run(partial(self._segments.keep, written))
         for place in written:
             header = place.header
             parent_here = header.parent is None or self._index.find(header.parent) is not None
             if header.kind is Kind.BLOCK and parent_here:
                 self._index.insert(Found.of(place, self._segments.open_id))
-        errors = [outcome for outcome in in_order if isinstance(outcome, Exception)]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         self._no_room |= any(isinstance(e, OSError) and e.errno in NO_ROOM for e in errors)
         if errors and (not written or not isinstance(errors[0], OSError)):
             raise errors[0]
         return written
 
-    def _write_one(self, place: Placed, record: Staged) -> Placed | Exception | None:
+    def _write_one(self, placed: tuple[Placed, Staged]) -> Placed | Exception | None:
         """Where and with which header a record lies now; why it does not; None if it is refused."""
+        place, record = placed
         try:
-            completed = record.completed(place.header)
-            if completed is None:
-                return None
-            header, buffers = completed
-            self._segments.write(place, buffers)
+            header = record.write(place.header, partial(self._segments.write, place))
         except Exception as error:  # noqa: BLE001 - it is said of this record, not of the others
             return error
-        return Placed(place.offset, header)
+        return Placed(place.offset, header) if header is not None else None
 
     async def _make_room(self, header: Header) -> None:
         """Seals the open segment, begins another with room for a record, drops the oldest."""

@@ -161,9 +161,9 @@ class SegmentLog:
         self._placed += 1
         return place
 
-    def write(self, place: Placed, buffers: Sequence[memoryview]) -> None:
-        """Writes a whole record where `place` says; may run beside other writes."""
-        self._files.write(self._handles[self._open_id], buffers, place.offset)
+    def write(self, place: Placed, buffers: Sequence[memoryview], behind: int = 0) -> None:
+        """Writes a record where `place` says, or so far behind; may run beside other writes."""
+        self._files.write(self._handles[self._open_id], buffers, place.offset + behind)
 
     def keep(self, written: Sequence[Placed]) -> None:
         """What was placed is over: `written`, in order, are the records that lie there now.

@@ -1,13 +1,24 @@
 """Records on their way to the disk: made of blocks, complete but for their place in the log."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import xxhash
 
 from kvstore.api.tier import Block, Keeper
 from kvstore.codec import Codec
 from kvstore.files import PAGE_BYTES, begins_on_a_page
-from kvstore.record import Header, encode_block, with_payload_digest
+from kvstore.record import Header, encode_block
 from kvstore.staging import Loan, Staging
 from kvstore.tiers.segment import imitates_records, pack_header_page, pages
+
+WHOLE_BYTES = 2 << 20
+"""A larger block is digested and written in pieces."""
+PIECE_BYTES = 1 << 20
+"""So much at a time: by the end of a digest of the whole, its beginning would have left the cache,
+and each byte would come from memory twice, for the digest and for the device."""
+
+Write = Callable[[Sequence[memoryview], int], None]
+"""Writes whole pages, so many bytes behind the beginning of a record."""
 
 
 class Staged:
@@ -59,27 +70,45 @@ class Staged:
             self._keeper.hold()
             self._held = True
 
-    def completed(self, header: Header) -> tuple[Header, Sequence[memoryview]] | None:
-        """The header as it is written, which is `header` and what depends on the bytes; the pages.
+    def write(self, header: Header, write: Write) -> Header | None:
+        """Writes the record by calls of `write`; the header that it then has.
 
-        None for a block that holds what could be taken for other blocks' records. A client who
-        maps the arena might change the bytes behind this look, or behind the digest. The digest
-        then makes the block a miss; and he runs as the node's own user, who could write whatever
-        he likes to the files themselves, so the look is no defence against him.
+        That is `header` and what depends on the bytes; None for a block that holds what could be
+        taken for other blocks' records. A client who maps the arena might change the bytes behind
+        this look, or behind the digest. The digest then makes the block a miss; and he runs as the
+        node's own user, who could write whatever he likes to the files themselves, so the look is
+        no defence against him.
         """
         first = self._loan.view[:PAGE_BYTES]
         if self._kept is None:
             first[:] = pack_header_page(header)
-            return header, [self._loan.view]
-        if imitates_records(self._kept):
-            return None
-        header = with_payload_digest(header, self._kept)
+            write([self._loan.view], 0)
+            return header
+        digest, size = xxhash.xxh3_128(), len(self._kept)
+        step = size if size <= WHOLE_BYTES else PIECE_BYTES
+        parts: list[memoryview] = []
+        for start in range(0, size, step):
+            piece = self._kept[start : start + step]
+            digest.update(piece)
+            if imitates_records(piece):
+                return None
+            parts = self._pages(piece)
+            if step < size:
+                write(parts, PAGE_BYTES + start)
+        header = header.with_payload(digest.digest())
         first[:] = pack_header_page(header)
-        whole = len(self._kept) // PAGE_BYTES * PAGE_BYTES
-        rest, last = self._kept[whole:], self._loan.view[PAGE_BYTES:]
+        write([first] if step < size else [first, *parts], 0)
+        return header
+
+    def _pages(self, piece: memoryview) -> list[memoryview]:
+        """A piece of the block in whole pages; what is left over is copied to the borrowed one."""
+        whole = len(piece) // PAGE_BYTES * PAGE_BYTES
+        rest, last = piece[whole:], self._loan.view[PAGE_BYTES:]
+        if not len(rest):
+            return [piece]
         last[: len(rest)] = rest
         last[len(rest) :] = bytes(len(last) - len(rest))
-        return header, [part for part in (first, self._kept[:whole], last) if len(part)]
+        return [piece[:whole], last] if whole else [last]
 
     def give_back(self) -> None:
         """Ends the loan, and lets go of the block; later calls change nothing."""
