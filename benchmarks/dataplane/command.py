@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.dataplane.child import ChildGone
 from benchmarks.dataplane.measure import measure
 from benchmarks.dataplane.options import Amounts, Names, Seconds
-from benchmarks.dataplane.plan import PATHS, Plan, default_rotation_bytes
+from benchmarks.dataplane.plan import PATHS, Plan
 from benchmarks.dataplane.report import as_dict, draw, table, warning
 from benchmarks.dataplane.stage import Refused
 from benchmarks.proof import machine
@@ -34,7 +34,7 @@ _WIDTH = 140
 """Columns of a table that nobody looks at in a terminal."""
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FULL: dict[str, Any] = {
-    "block_bytes": (256 << 10, 2 << 20, 16 << 20), "clients": (1, 2), "repeats": 5,
+    "block_bytes": (256 << 10, 2 << 20, 16 << 20), "clients": (1, 2), "repeats": 9,
     "sample_s": 0.12,
 }  # fmt: skip
 _QUICK: dict[str, Any] = {
@@ -117,9 +117,9 @@ Examples:
     help="Of how many blocks chains are that are matched, with leases (belongs to grpc).",
 )  # fmt: skip
 @click.option(
-    "--repeats", type=click.IntRange(1, 1000), metavar="N", show_default="5",
+    "--repeats", type=click.IntRange(1, 1000), metavar="N", show_default="9",
     help="Samples of each path and of its floor, in turn; their medians are shown. Three are "
-    "enough where they take long.",
+    "enough where they take long and no goal is set.",
 )  # fmt: skip
 @click.option(
     "--sample-s", type=Seconds(0.001, 60), metavar="SECONDS", show_default="0.12",
@@ -127,7 +127,7 @@ Examples:
 )  # fmt: skip
 @click.option(
     "--rotation-bytes", type=Amounts(PAGE_BYTES, 16 << 30), metavar="SIZE",
-    show_default="half of the caches, at most 512MiB",
+    show_default="half of the caches, eight calls, at most 512MiB",
     help="Memory that each client goes round in, on either side of a copy.",
 )  # fmt: skip
 @click.option(
@@ -176,7 +176,7 @@ def main(
         match_blocks=match_blocks,
         repeats=repeats or usual["repeats"],
         sample_s=sample_s or usual["sample_s"],
-        rotation_bytes=max(rotation_bytes or [default_rotation_bytes()]),
+        rotation_bytes=max(rotation_bytes or [0]),
     )
     load_before = os.getloadavg()[0]
     cells = sum(len(plan.cells(size)) for size in plan.block_bytes) + len(plan.match_cells())
