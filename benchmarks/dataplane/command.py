@@ -159,13 +159,14 @@ def main(
     """Measure how fast blocks move on each path, beside what the machine allows.
 
     A path and its floor are sampled in turn, with the same blocks in the same order: shm beside
-    memcpy, bulk beside a raw socket stream, grpc beside bare grpcio with its best message size,
-    disk beside a raw O_DIRECT file and redis beside a raw RESP stream, both at their best depth.
+    memcpy in the same memory, bulk beside a raw socket stream, grpc beside bare grpcio with its
+    best message size, disk beside a raw O_DIRECT file and redis beside a raw RESP stream, both at
+    their best depth.
     Node, Redis and clients are processes of their own on this host; nothing leaves it. Memory is
     faulted in beforehand, the copy into the caller's buffer is included, and a put to disk is
     over once the bytes are on the device. What cannot run is a row that says why.
 
-    A full run takes about five minutes and 5 GiB of memory, on an idle machine.
+    A full run takes about ten minutes and 6 GiB of memory, on an idle machine.
     """
     usual = _QUICK if quick else _FULL
     plan = Plan(
