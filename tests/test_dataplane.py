@@ -15,15 +15,17 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.dataplane.command import main
-from benchmarks.dataplane.measure import why_not
+from benchmarks.dataplane.measure import LEAST_SAMPLES, best_knob, measure_cell, why_not
 from benchmarks.dataplane.memcpy import Memcpy
 from benchmarks.dataplane.mover import Mover
-from benchmarks.dataplane.plan import FLOORS, GOALS, MATCH, OPS, PATHS, Cell, Plan
+from benchmarks.dataplane.plan import FLOORS, GOALS, MATCH, OPS, PATHS, Cell, Plan, usual_rotation
 from benchmarks.dataplane.report import as_dict, table, warning
 from benchmarks.dataplane.ring import Ring
 from benchmarks.dataplane.row import row_of
 from benchmarks.dataplane.sampler import Sample, take_sample
 from benchmarks.dataplane.stage import Refused, Stage
+from benchmarks.dataplane.through_client import ThroughClient
+from tests.sim.nodes import Nodes
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -165,6 +167,76 @@ def test_only_what_the_goals_speak_of_has_one() -> None:
     assert [c.goal for c in plan.match_cells()] == [4.0]
     assert set(FLOORS) == set(GOALS) == set(PATHS)
     assert plan.ring_blocks(2 * MIB) == 32
+
+
+def test_a_turn_is_several_calls_where_that_is_not_too_much_memory() -> None:
+    """A single call after a pause would be a sample of the pause."""
+    assert usual_rotation(4 * MIB) % (64 * MIB) == 0
+    assert usual_rotation(48 * MIB) == 8 * 48 * MIB
+    assert usual_rotation(512 * MIB) == 512 * MIB
+    plan = Plan(PATHS, (2 * MIB,), (1, 32), (1,), (), 1, 0.1, 0)
+    assert len(range(0, plan.ring_blocks(2 * MIB), 32)) == 8
+
+
+class Scripted:
+    """A stage whose samples were written down before: seconds for 10^9 bytes, by way and knob."""
+
+    def __init__(self, seconds: dict[tuple[str, int], list[float]]) -> None:
+        self._left = {key: iter(values) for key, values in seconds.items()}
+        self._knobs: dict[str, int] = {}
+
+    def prepare(self, way: str, op: str, clients: int, knob: int = 0) -> None:
+        """The next samples of a way are those of this knob."""
+        self._knobs[way] = knob
+
+    def sample(self, way: str, op: str, batch: int, clients: int, most_s: float) -> Sample:
+        """The next one."""
+        seconds = next(self._left[way, self._knobs[way]])
+        return sample(10**9, seconds, [1000 * seconds])
+
+
+def test_a_floor_is_measured_with_what_it_is_mostly_fastest_with() -> None:
+    """One lucky sample does not choose the depth of all that follow."""
+    slow, fast, lucky = [4.0, 4.0, 4.0], [2.0, 2.1, 9.0], [0.1, 5.0, 5.0]
+    stage: Any = Scripted(
+        {
+            ("raw_file", 1): slow,
+            ("raw_file", 2): slow,
+            ("raw_file", 4): fast,
+            ("raw_file", 8): lucky,
+        }
+    )
+    plan = Plan(("disk",), (PAGE,), (1,), (1,), (), 9, 0.1, MIB)
+    assert best_knob(plan, stage, Cell("disk", "put", PAGE, 1, 1)) == 4
+
+
+@pytest.mark.parametrize(("block_bytes", "samples"), [(2 * MIB, 9), (PAGE, LEAST_SAMPLES)])
+def test_a_cell_with_a_goal_gets_all_its_samples(
+    monkeypatch: pytest.MonkeyPatch, block_bytes: int, samples: int
+) -> None:
+    """However long they take; others end with fewer."""
+    monkeypatch.setattr("benchmarks.dataplane.measure.CELL_S", 0.0)
+    stage: Any = Scripted({("raw_resp", 1): [1.0] * 10, ("redis", 0): [2.0] * 10})
+    plan = Plan(("redis",), (block_bytes,), (32,), (1,), (), 9, 0.1, MIB)
+    row = measure_cell(plan, stage, Cell("redis", "put", block_bytes, 32, 1), 1)
+    assert (row.samples, row.ratio_to_floor) == (samples, 0.5)
+
+
+async def test_shared_memory_and_its_floor_use_the_same_memory(nodes: Nodes) -> None:
+    """What the copies of the floor leave there is what our own path reads."""
+    node, ring = await nodes.start(), Ring(PAGE, 4, 0)
+    path = await ThroughClient.connect(ring, 0, "shm", node.endpoint)
+    floor = Memcpy(ring, await ThroughClient.connect(ring, 0, "shm", node.endpoint))
+    await path.prepare("get")
+    await floor.prepare("get")
+    before = bytes(ring.source(range(4)))
+    ring.source(range(2, 3))[-1] ^= 1
+    floor.put(range(4))
+    await path.get(range(4))
+    assert ring.target(range(4)) == ring.source(range(4))
+    assert ring.target(range(4)) != before
+    await floor.close()
+    await path.close()
 
 
 async def test_a_sample_ends_when_its_time_is_over() -> None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.dataplane.child import ChildGone
 from benchmarks.dataplane.measure import measure
 from benchmarks.dataplane.options import Amounts, Names, Seconds
-from benchmarks.dataplane.plan import PATHS, Plan, default_rotation_bytes
+from benchmarks.dataplane.plan import PATHS, Plan
 from benchmarks.dataplane.report import as_dict, draw, table, warning
 from benchmarks.dataplane.stage import Refused
 from benchmarks.proof import machine
@@ -34,7 +34,7 @@ _WIDTH = 140
 """Columns of a table that nobody looks at in a terminal."""
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FULL: dict[str, Any] = {
-    "block_bytes": (256 << 10, 2 << 20, 16 << 20), "clients": (1, 2), "repeats": 5,
+    "block_bytes": (256 << 10, 2 << 20, 16 << 20), "clients": (1, 2), "repeats": 9,
     "sample_s": 0.12,
 }  # fmt: skip
 _QUICK: dict[str, Any] = {
@@ -117,9 +117,9 @@ Examples:
     help="Of how many blocks chains are that are matched, with leases (belongs to grpc).",
 )  # fmt: skip
 @click.option(
-    "--repeats", type=click.IntRange(1, 1000), metavar="N", show_default="5",
+    "--repeats", type=click.IntRange(1, 1000), metavar="N", show_default="9",
     help="Samples of each path and of its floor, in turn; their medians are shown. Three are "
-    "enough where they take long.",
+    "enough where they take long and no goal is set.",
 )  # fmt: skip
 @click.option(
     "--sample-s", type=Seconds(0.001, 60), metavar="SECONDS", show_default="0.12",
@@ -127,7 +127,7 @@ Examples:
 )  # fmt: skip
 @click.option(
     "--rotation-bytes", type=Amounts(PAGE_BYTES, 16 << 30), metavar="SIZE",
-    show_default="half of the caches, at most 512MiB",
+    show_default="half of the caches, eight calls, at most 512MiB",
     help="Memory that each client goes round in, on either side of a copy.",
 )  # fmt: skip
 @click.option(
@@ -159,13 +159,14 @@ def main(
     """Measure how fast blocks move on each path, beside what the machine allows.
 
     A path and its floor are sampled in turn, with the same blocks in the same order: shm beside
-    memcpy, bulk beside a raw socket stream, grpc beside bare grpcio with its best message size,
-    disk beside a raw O_DIRECT file and redis beside a raw RESP stream, both at their best depth.
+    memcpy in the same memory, bulk beside a raw socket stream, grpc beside bare grpcio with its
+    best message size, disk beside a raw O_DIRECT file and redis beside a raw RESP stream, both at
+    their best depth.
     Node, Redis and clients are processes of their own on this host; nothing leaves it. Memory is
     faulted in beforehand, the copy into the caller's buffer is included, and a put to disk is
     over once the bytes are on the device. What cannot run is a row that says why.
 
-    A full run takes about five minutes and 5 GiB of memory, on an idle machine.
+    A full run takes about ten minutes and 6 GiB of memory, on an idle machine.
     """
     usual = _QUICK if quick else _FULL
     plan = Plan(
@@ -176,7 +177,7 @@ def main(
         match_blocks=match_blocks,
         repeats=repeats or usual["repeats"],
         sample_s=sample_s or usual["sample_s"],
-        rotation_bytes=max(rotation_bytes or [default_rotation_bytes()]),
+        rotation_bytes=max(rotation_bytes or [0]),
     )
     load_before = os.getloadavg()[0]
     cells = sum(len(plan.cells(size)) for size in plan.block_bytes) + len(plan.match_cells())

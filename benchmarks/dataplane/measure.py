@@ -1,5 +1,6 @@
 """From a plan to rows: each path and its floor in turn, so that noise hits both alike."""
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,9 @@ from benchmarks.dataplane.ways import KNOBS, SERVERS
 
 LEAST_SAMPLES = 3
 CELL_S = 3.0
-"""A cell that has taken longer, and has so many samples, gets no more of them."""
-KNOB_ROUNDS = 2
-"""Each choice of a floor is sampled so often; its best sample counts."""
+"""A cell without a goal that has taken longer, and has so many samples, gets no more of them."""
+KNOB_ROUNDS = 3
+"""Each choice of a floor is sampled so often; its median counts."""
 
 Tick = Callable[[str], None]
 """To be called with what comes next, after each cell."""
@@ -68,13 +69,13 @@ def best_knob(plan: Plan, stage: Stage, cell: Cell) -> int:
     """What the floor of a cell is fastest with; 0: there is nothing to choose."""
     if cell.op == MATCH or cell.floor not in KNOBS:
         return 0
-    best: dict[int, float] = {}
+    rates: dict[int, list[float]] = {}
     for _ in range(KNOB_ROUNDS):
         for knob in KNOBS[cell.floor]:
             stage.prepare(cell.floor, cell.op, cell.clients, knob)
             sample = stage.sample(cell.floor, cell.op, cell.batch, cell.clients, plan.sample_s)
-            best[knob] = max(best.get(knob, 0.0), sample.gb_per_s)
-    return max(best, key=lambda knob: best[knob])
+            rates.setdefault(knob, []).append(sample.gb_per_s)
+    return max(rates, key=lambda knob: statistics.median(rates[knob]))
 
 
 def measure_cell(plan: Plan, stage: Stage, cell: Cell, knob: int) -> Row:
@@ -101,6 +102,6 @@ def measure_cell(plan: Plan, stage: Stage, cell: Cell, knob: int) -> Row:
         if number > 0:
             floors.append(taken[cell.floor])
             ours += [taken[cell.path]] if cell.path in taken and not reason else []
-        if number >= LEAST_SAMPLES and time.monotonic() > end_s:
+        if cell.goal is None and number >= LEAST_SAMPLES and time.monotonic() > end_s:
             break
     return row_of(cell, ours, floors, knob=knob, reason=reason)

@@ -37,6 +37,8 @@ MATCH_BLOCK_BYTES = 4096
 """A match looks at names; its blocks are as small as blocks can be."""
 LEAST_ROTATION_BYTES = 64 << 20
 MOST_ROTATION_BYTES = 512 << 20
+TURN_CALLS = 8
+"""So many of the largest calls go once round, where that is not too much memory."""
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -83,7 +85,7 @@ class Plan:
     sample_s: float
     """A sample ends after this, or once every buffer of the rotation was used."""
     rotation_bytes: int
-    """Each client goes round in at least so much memory on either side."""
+    """Each client goes round in at least so much memory on either side; 0: as `usual_rotation`."""
 
     def cells(self, block_bytes: int) -> list[Cell]:
         """The cells of one block size; the largest batch and the fewest clients first."""
@@ -103,14 +105,19 @@ class Plan:
     def ring_blocks(self, block_bytes: int) -> int:
         """How many blocks each client goes round in: a whole number of the largest batches."""
         largest = max(self.batches)
-        return largest * math.ceil(max(self.rotation_bytes, 1) / (largest * block_bytes))
+        rotation_bytes = self.rotation_bytes or usual_rotation(largest * block_bytes)
+        return largest * math.ceil(rotation_bytes / (largest * block_bytes))
 
 
-def default_rotation_bytes() -> int:
-    """Half of what the caches hold: what is read and what is written are together more than it."""
+def usual_rotation(call_bytes: int) -> int:
+    """How many bytes a client goes round in, whose largest calls move so many.
+
+    At least half of what the caches hold, so that what is read and what is written are together
+    more than it; and several calls, because a single one after a pause is mostly noise.
+    """
     sizes = [
         int(file.read_text().strip().removesuffix("K")) << 10 for file in _CACHES.glob("*/size")
     ]
     half = max(sizes, default=0) // 2
     rounded = math.ceil(half / LEAST_ROTATION_BYTES) * LEAST_ROTATION_BYTES
-    return min(max(rounded, LEAST_ROTATION_BYTES), MOST_ROTATION_BYTES)
+    return min(max(rounded, LEAST_ROTATION_BYTES, TURN_CALLS * call_bytes), MOST_ROTATION_BYTES)

@@ -42,8 +42,11 @@ async def open_way(name: str, ring: Ring, owner: int, where: Mapping[str, Any]) 
     """The way of this name. `owner` is the client's number; `where` says where servers are."""
     if name == "memcpy":
         from benchmarks.dataplane.memcpy import Memcpy
+        from benchmarks.dataplane.through_client import ThroughClient
 
-        return Memcpy(ring)
+        if "endpoint" not in where:
+            return Memcpy(ring)
+        return Memcpy(ring, await ThroughClient.connect(ring, owner, "shm", where["endpoint"]))
     if name == "raw_socket":
         from benchmarks.dataplane.raw_socket import RawSocket
 
