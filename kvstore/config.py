@@ -190,7 +190,9 @@ class PeersSettings(_Section):
         description="read blocks from other nodes, and lend them this node's; needs "
         "redis.directory_url, cluster.secret_file and bulk.enabled",
     )
-    lookup_timeout_s: float = Field(0.05, gt=0, le=60, description="later answers are misses")
+    lookup_timeout_s: float = Field(
+        0.025, gt=0, le=60, description="for the directory; later answers are misses"
+    )
     timeout_s: float = Field(1.0, gt=0, le=60, description="for a batch of blocks")
     inflight_bytes: ByteSize = Field(
         ByteSize(256 * _MIB), ge=4 * _MIB, description="on their way from other nodes, at most"

@@ -69,6 +69,17 @@ class Directory:
         self.others = [node for node in nodes if node.node_id != self.own.node_id]
         return self.others
 
+    async def beat(self) -> None:
+        """Announces this node once, and sees who else is there. Raises as `refresh`."""
+        pipeline = self.redis.pipeline(transaction=False)
+        pipeline.set(self._key, self._entry, ex=ENTRY_TTL_S)
+        pipeline.sadd(_IDS, self.own.node_id)
+        try:
+            await pipeline.execute()
+        except (RedisError, OSError) as error:
+            raise TierError(f"directory: {error}") from error
+        await self.refresh()
+
     async def close(self) -> None:
         """Takes this node's entry out."""
         if self._heartbeat is not None:
@@ -82,12 +93,8 @@ class Directory:
     async def _announce(self) -> None:
         while True:
             try:
-                pipeline = self.redis.pipeline(transaction=False)
-                pipeline.set(self._key, self._entry, ex=ENTRY_TTL_S)
-                pipeline.sadd(_IDS, self.own.node_id)
-                await pipeline.execute()
-                await self.refresh()
-            except (RedisError, OSError, TierError) as error:
+                await self.beat()
+            except TierError as error:
                 _log.warning("this node could not be announced: %s", error)
             await self._clock.sleep(HEARTBEAT_S)
 

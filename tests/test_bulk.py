@@ -139,10 +139,10 @@ def dial(server: NodeServer, shown: bytes) -> tuple[socket.socket, bytes]:
 
 @asynccontextmanager
 async def talk(
-    server: NodeServer, authorization: str | None = None, peer: str = "test"
+    server: NodeServer, authorization: str | None = None, peer: str = "test", ticket: bytes = b""
 ) -> AsyncIterator[Talk]:
     """A connection that the node has let in."""
-    ticket = bulk(server).invite(authorization, peer).ticket
+    ticket = ticket or bulk(server).invite(authorization, peer).ticket
     connection, answer = await asyncio.to_thread(dial, server, GREETING + ticket)
     assert answer == WELCOME
     wire = BulkSocket(connection)

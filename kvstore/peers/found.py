@@ -76,6 +76,9 @@ class Finder:
         except BaseException:
             found.close()
             raise
+        for each, block in zip(sought, found.blocks, strict=True):
+            if block.view is None:
+                self._holdings.look_again(each.name)
         return found
 
     def _in_memory(self, sought: Sought, found: Found) -> Slot | None:

@@ -49,6 +49,10 @@ class Holdings:
         on_disk = self._disk is not None and self._disk.find(name) is not None
         return on_disk or self.in_memory(name) is not None
 
+    def look_again(self, name: bytes) -> None:
+        """Somebody was told of a block that he did not find here: that counts as a change."""
+        self._name_changed(name)
+
     async def changed(self) -> None:
         """Returns when there are changes that nobody has taken."""
         await self._has_changed.wait()

@@ -92,9 +92,13 @@ class PeerTier:
     def usage(self) -> list[Usage]:
         return [Usage(self.name, 0, 0, 0)]
 
-    async def close(self) -> None:
+    async def settle(self) -> None:
+        """Returns when all that turned out to be wrong is struck."""
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    async def close(self) -> None:
+        await self.settle()
         await self._circle.close()
 
     async def _awake(self) -> list[Peer]:
