@@ -83,7 +83,7 @@ class Cluster:
         """The names in the directory, by node."""
         with redis.from_url(self.redis_url) as client:
             return {
-                key.split(b":")[3].decode(): client.smembers(key) - {b"all"}  # type: ignore[operator]
+                key.split(b":")[3].decode(): client.smembers(key) - {b"all"}
                 for key in client.scan_iter(match=LIST + b"*")
             }
 
@@ -469,7 +469,7 @@ async def test_what_the_directory_lost_is_announced_anew(cluster: Cluster) -> No
     await peers_of(one).announcer._renew()
     assert len(cluster.entries()["one"]) == BLOCKS + 2
     with redis.from_url(cluster.redis_url) as client:
-        assert all(0 < client.ttl(key) <= 15 for key in client.scan_iter(match=LIST + b"*"))  # type: ignore[operator]
+        assert all(0 < client.ttl(key) <= 15 for key in client.scan_iter(match=LIST + b"*"))
 
 
 async def test_no_more_is_announced_than_allowed(cluster: Cluster) -> None:
@@ -580,7 +580,7 @@ async def test_a_ticket_opens_what_it_was_given_for(cluster: Cluster, tmp_path: 
 
 
 async def test_who_does_not_have_the_secret_is_told_nothing_and_not_believed(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node of another cluster in the same directory, which claims to have everything."""
     secret = tmp_path / "other.secret"
@@ -595,7 +595,7 @@ async def test_who_does_not_have_the_secret_is_told_nothing_and_not_believed(
     assert await load(reader, space, keys) == [None] * 3
     assert came(two, "refused") == 3
     # Also if it lets everybody in: it cannot prove who it is.
-    peers_of(one)._credentials.authenticate = lambda shown: PEERS  # type: ignore[method-assign]
+    monkeypatch.setattr(peers_of(one)._credentials, "authenticate", lambda shown: PEERS)
     for peer in peers_of(two).tier._circle._peers.values():
         peer._rests_until_s = 0.0
     assert await load(reader, space, keys) == [None] * 3
@@ -628,31 +628,45 @@ async def test_tenants_never_meet_at_another_node(cluster: Cluster, tmp_path: Pa
 
 @pytest.mark.parametrize("how", ["discard", "clear"])
 async def test_what_is_forgotten_here_is_forgotten_by_peers(cluster: Cluster, how: str) -> None:
-    """In memory and on disk, whether it was announced or not; what is not concerned stays."""
+    """In memory, on disk and where it is lent; what is not concerned stays."""
     one, two, three = [await cluster.node(name) for name in ("one", "two", "three")]
     reader, space, keys = await filled(cluster, one, two)
-    other = await reader.open_space(descriptor_of(numerics="other"))
-    await (await cluster.client(one)).open_space(descriptor_of(numerics="other"))
-    await store(await cluster.client(three), space, keys)
+    clients = [await cluster.client(one), reader, await cluster.client(three)]
+    for client in clients:
+        other = await client.open_space(descriptor_of(numerics="other"))
+    await store(clients[2], space, keys)
+    await store(clients[2], other, keys)
     for server in (one, three):
         await server.node.tiers.flush()
-        await cluster.nodes.connect(server).open_space(descriptor_of(numerics="other"))
-        await store(cluster.nodes.connect(server), other, keys)
     await met(one, two, three)
     assert await load(reader, space, keys[:3]) == ["peers"] * 3
     cluster.strike(three, names_of(three, space, keys))
     if how == "discard":
-        await reader.discard(space, keys)
+        await clients[0].discard(space, keys)
     else:
-        await reader.clear_space(space)
-    for server in (one, two, three):
-        client = await cluster.client(server)
+        await clients[0].clear_space(space)
+    for client in clients:
         assert await load(client, space, keys) == [None] * BLOCKS
-    assert await reader.locate(other, keys) == ["peers"] * BLOCKS
     await met(one, two, three)
-    for server in (one, two, three):
-        client = await cluster.client(server)
+    for client in clients:
         assert await client.locate(space, keys) == [None] * BLOCKS
+    assert await reader.locate(other, keys) == ["peers"] * BLOCKS
+
+
+async def test_what_a_peer_has_not_announced_yet_is_forgotten_as_well(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its names are known to nobody before, not even to itself."""
+    monkeypatch.setattr("kvstore.peers.announcer.GATHER_S", 1000.0)
+    one, two = await cluster.pair()
+    for server in (one, two):
+        await directory_of(server).beat()
+    clients = [await cluster.client(server) for server in (one, two)]
+    space = await clients[0].open_space(descriptor_of())
+    keys = keys_of("chat", BLOCKS)
+    await store(clients[0], space, keys)
+    assert await clients[1].discard(space, keys) == BLOCKS
+    assert await load(clients[0], space, keys) == [None] * BLOCKS
 
 
 async def test_a_peer_that_cannot_forget_is_said_so(cluster: Cluster) -> None:
