@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import grpc
 import pytest
 import redis
 
+from kvstore.api.asking import receive_windows
 from kvstore.api.bulk import CHUNK_BYTES
 from kvstore.api.errors import Unavailable
 from kvstore.api.tier import BlockRef, Load
@@ -20,6 +22,7 @@ from kvstore.peers.credentials import PEERS, Credentials
 from kvstore.peers.peers import Peers
 from kvstore.server import NodeServer
 from kvstore.tenants import LOCAL_TENANT, Tenant
+from kvstore.tiers.tiered import Want
 from kvstore_client import AsyncClient, Client, Space
 from kvstore_workers.redis_server import RedisServer
 from tests.node_process import NodeProcess
@@ -86,6 +89,11 @@ class Cluster:
                 key.split(b":")[3].decode(): client.smembers(key) - {b"all"}
                 for key in client.scan_iter(match=LIST + b"*")
             }
+
+    def ttls_s(self) -> list[int]:
+        """How long the lists of names live on."""
+        with redis.from_url(self.redis_url) as client:
+            return [client.ttl(key) for key in client.scan_iter(match=LIST + b"*")]
 
     def plant(self, server: NodeServer, names: list[bytes]) -> None:
         """Entries of which a node knows nothing."""
@@ -172,6 +180,8 @@ async def test_a_match_brings_what_another_node_has(cluster: Cluster) -> None:
     more = keys_of("chat", BLOCKS + 3)
     assert await store(reader, space, more[BLOCKS:], parent_key=keys[-1]) == [True] * 3
     assert not reader.counters
+    tiers = {tier.name: tier.serving for tier in (await reader.status()).tiers}
+    assert tiers == {"memory": True, "disk": True, "peers": True}
 
 
 @pytest.mark.parametrize(("block_bytes", "count"), [(1, 5000), (CHUNK_BYTES, 5), (LARGE, 5)])
@@ -254,6 +264,26 @@ async def test_what_only_a_peer_has_is_no_parent_and_no_copy(cluster: Cluster) -
     assert counter(two, "promoted_blocks", tier="peers") == 0
     await cluster.nodes.stop(one)
     assert await load(reader, space, keys) == ["memory"] * BLOCKS
+
+
+async def test_a_parent_that_leaves_during_a_write_is_gone_though_a_peer_has_it(
+    cluster: Cluster,
+) -> None:
+    """And nobody waits in memory for a parent that only a peer has."""
+    one, two = await cluster.pair()
+    reader, space, keys = await filled(cluster, one, two)
+    assert await store(reader, space, keys[:2]) == [True] * 2
+    tiers = two.node.tiers
+    offer = await two.node.offer(LOCAL, "", space.space_id, keys[2:4], parent_key=keys[1])
+    assert offer.wanted == [0, 1]
+    tiers.memory.forget([tiers.memory.slots()[0]])
+    assert await reader.locate(space, keys[:4]) == ["memory"] + ["peers"] * 3
+    assert not await offer.hold_parent(0)
+    offer.close()
+    # A promotion of a child alone: it has come, and its parent is nowhere that counts.
+    refs = two.node.refs(LOCAL, "", space.space_id, keys)
+    assert await tiers.acquire([Want(refs[3], refs[2], BLOCK_BYTES)]) == [None]
+    assert [bool(tiers.memory.find(ref)) for ref in refs[:4]] == [True, False, False, False]
 
 
 async def test_a_victim_is_not_safe_because_a_peer_has_it(cluster: Cluster) -> None:
@@ -374,8 +404,20 @@ async def test_a_peer_that_stands_still_is_left_at_the_deadline(cluster: Cluster
     assert not reader.counters
 
 
-async def test_who_is_cancelled_leaves_his_buffers_alone(cluster: Cluster) -> None:
-    """The connection is shut down first, and nobody waits for the other node."""
+async def test_who_is_cancelled_leaves_his_buffers_alone(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is shut down first, and its thread waited for; the other node is not."""
+    lingers, ended = threading.Event(), threading.Event()
+
+    def receive(*arguments: Any) -> list[int]:
+        try:
+            return receive_windows(*arguments)
+        finally:
+            lingers.wait()
+            ended.set()
+
+    monkeypatch.setattr("kvstore.peers.peer.receive_windows", receive)
     one, two = await cluster.pair(**LARGE_NODE)
     writer, reader = cluster.nodes.connect(one), cluster.nodes.connect(two)
     for client in (writer, reader):
@@ -393,8 +435,10 @@ async def test_who_is_cancelled_leaves_his_buffers_alone(cluster: Cluster) -> No
     loading = asyncio.create_task(peers_of(two).tier.load([Load(ref, memoryview(buffer))]))
     await proxy.stalled.wait()
     loading.cancel()
+    asyncio.get_running_loop().call_later(0.05, lingers.set)
     await asyncio.wait([loading])
     assert loading.cancelled()
+    assert ended.is_set()
     buffer[:] = b"\xdd" * LARGE
     proxy.release()
     await proxy.close()
@@ -466,10 +510,10 @@ async def test_what_the_directory_lost_is_announced_anew(cluster: Cluster) -> No
     await store(await cluster.client(one), space, keys_of("more", 2))
     await peers_of(one).announcer.settle()
     assert len(cluster.entries()["one"]) == 2
+    assert all(0 < ttl_s <= 15 for ttl_s in cluster.ttls_s())
     await peers_of(one).announcer._renew()
     assert len(cluster.entries()["one"]) == BLOCKS + 2
-    with redis.from_url(cluster.redis_url) as client:
-        assert all(0 < client.ttl(key) <= 15 for key in client.scan_iter(match=LIST + b"*"))
+    assert all(0 < ttl_s <= 15 for ttl_s in cluster.ttls_s())
 
 
 async def test_no_more_is_announced_than_allowed(cluster: Cluster) -> None:

@@ -112,6 +112,7 @@ class Announcer:
         self._announced, self._is_whole = 0, True
         for names in self._holdings.names():
             await self._note(names, [])
+            await asyncio.sleep(0)  # Where there is no room left, nothing else waits.
 
     async def _note(self, held: list[bytes], gone: list[bytes]) -> None:
         room = max(0, self._most_blocks - self._announced) if self._is_whole else 0

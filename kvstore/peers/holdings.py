@@ -75,9 +75,7 @@ class Holdings:
             await self._name_changes(len(self._changed_refs))
             return
         self.missed = 0
-        for name in [name for name in self._refs if self.in_memory(name) is None]:
-            del self._refs[name]
-        refs = self._memory.refs()
+        refs = [*self._refs.values(), *self._memory.refs()]
         for start in range(0, len(refs), SLICE_BLOCKS):
             for ref in refs[start : start + SLICE_BLOCKS]:
                 self._look_at(ref)
