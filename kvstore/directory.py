@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from kvstore.api.asking import host_of
 from kvstore.api.clock import Clock
 from kvstore.api.errors import TierError
 
@@ -31,8 +32,8 @@ class Neighbour(NamedTuple):
 
     @property
     def lends(self) -> bool:
-        """Whether it may be asked for blocks."""
-        return bool(self.life)
+        """Whether it may be asked for blocks, as far as its entry makes sense."""
+        return bool(self.life) and bool(host_of(self.endpoint))
 
 
 class Directory:

@@ -24,7 +24,7 @@ from kvstore.admission import Admission, Limits
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
-from kvstore.api.tls import Identity
+from kvstore.api.tls import Identity, Trust
 from kvstore.api.v1 import kvstore_pb2
 from kvstore.api.v1.kvstore_pb2 import AttachReply, ConnectReply
 from kvstore.api.wire import STREAM_OPTIONS
@@ -141,7 +141,9 @@ class NodeServer:
             maximum_concurrent_rpcs=settings.server.max_concurrent_calls,
         )
         identity = _identity(settings.server)
+        trust = _trust(settings.peers)
         port = _listen(grpc_server, settings.server.listen, identity)
+        directory = _directory(settings, port, clock)
         runner = ThreadRunner(settings.disk.threads)
         digester = ThreadRunner(DIGEST_THREADS)
         let_go: list[Callable[[], None]] = []
@@ -159,12 +161,13 @@ class NodeServer:
                 end()
             raise
         leased_bytes = int(settings.memory.capacity_bytes * settings.leases.memory_fraction)
-        directory = _directory(settings, port, clock)
         peers: Peers | None = None
         beyond: Guarded | None = None
         if settings.peers.enabled:
             assert directory is not None
-            peers = Peers(settings.peers, secret, directory, memory, disk, spaces, clock, metrics)
+            peers = Peers(
+                settings.peers, secret, trust, directory, memory, disk, spaces, clock, metrics
+            )
             beyond = _guarded(wrap(peers.tier), settings.peers, clock, metrics)
             guards.append(beyond)
         node = Node(
@@ -600,6 +603,16 @@ def _identity(settings: ServerSettings) -> Identity | None:
             f"server.tls_certificate_file: {certificate_file}: no certificate (PEM) that belongs "
             f"to the key in server.tls_key_file: {key_file}"
         ) from None
+
+
+def _trust(settings: PeersSettings) -> Trust | None:
+    """Whom this node believes to be its peers, where TLS is on."""
+    if settings.tls_ca_file is None:
+        return None
+    try:
+        return Trust.read(settings.tls_ca_file)
+    except ValueError as error:
+        raise ConfigError(f"peers.{error}") from None
 
 
 def _listen(server: grpc.aio.Server, listen: str, identity: Identity | None) -> int:

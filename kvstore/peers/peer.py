@@ -28,6 +28,7 @@ _log = logging.getLogger("kvstore.peers")
 
 ALONE_S = 5.0
 """So long a node that failed is not asked. What is dead leaves the directory meanwhile."""
+GRPC_ERRORS = (grpc.RpcError, grpc.aio.BaseError)
 IDLE_WIRES = 4
 """Connections to one node that are kept open."""
 
@@ -60,12 +61,12 @@ class Peer:
     ) -> None:
         self.node = node
         self._credentials = credentials
-        self._tls = trust.context if trust is not None else None
+        self._trust = trust
         self._clock = clock
         self._runner = runner
         self._room = room
-        self._channel = open_channel(node.endpoint, trust)
-        self._stub = pb_grpc.PeerStub(self._channel)
+        self._channel: grpc.aio.Channel | None = None
+        """Once something was asked."""
         self._idle: list[BulkSocket] = []
         self._in_use: set[BulkSocket] = set()
         self._rests_until_s = 0.0
@@ -88,19 +89,19 @@ class Peer:
         try:
             async with asyncio.timeout(timeout_s), self._room:
                 damaged = await self._read(names, parcels, loaded, timeout_s)
-        except (TimeoutError, Hangup, Nonsense, KvstoreError, OSError, grpc.RpcError) as error:
+        except (Hangup, Nonsense, KvstoreError, OSError, ValueError, *GRPC_ERRORS) as error:
             return Fetched(loaded, damaged, self._failed(error, came=bool(loaded)))
         return Fetched(loaded, damaged, "gone")
 
     async def forget(self, names: Sequence[bytes], tag: bytes, timeout_s: float) -> int:
         """Has the node forget blocks; how many copies there were. Raises KvstoreError."""
         request = pb.PeerForgetRequest(names=b"".join(names), tag=tag)
-        call = self._stub.Forget(request, timeout=timeout_s, metadata=self._metadata())
         try:
+            call = self._stub().Forget(request, timeout=timeout_s, metadata=self._metadata())
             reply = await self._called(call)
         except grpc.aio.AioRpcError as error:
             raise from_status(error.code(), error.details() or "") from None
-        except Hangup as error:
+        except (Hangup, *GRPC_ERRORS) as error:
             raise Unavailable(str(error)) from None
         return reply.forgotten_blocks
 
@@ -112,7 +113,8 @@ class Peer:
         for wire in self._idle:
             wire.close()
         self._idle.clear()
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
     async def _read(
         self,
@@ -153,14 +155,22 @@ class Peer:
     async def _connect(self) -> BulkSocket:
         nonce = secrets.token_bytes(MOST_NONCE_BYTES)
         request = pb.PeerConnectRequest(nonce=nonce)
-        reply = await self._called(self._stub.Connect(request, metadata=self._metadata()))
+        reply = await self._called(self._stub().Connect(request, metadata=self._metadata()))
         invitation = reply.invitation
         if not self._credentials.proves(reply.proof, nonce, invitation.ticket):
             raise KvstoreError("it does not have the cluster's secret")
-        wire = await enter(invitation, host_of(self.node.endpoint), self._tls)
+        tls = self._trust.context if self._trust is not None else None
+        wire = await enter(invitation, host_of(self.node.endpoint), tls)
         if wire is None:
             raise KvstoreError("it has no bulk path")
         return wire
+
+    def _stub(self) -> "pb_grpc.PeerAsyncStub":
+        if self._closed:
+            raise Hangup("the node has left the directory")
+        if self._channel is None:
+            self._channel = open_channel(self.node.endpoint, self._trust)
+        return pb_grpc.PeerStub(self._channel)
 
     async def _called(self, call: Awaitable[Reply]) -> Reply:
         """What a call answers. Raises Hangup where this end was closed meanwhile."""

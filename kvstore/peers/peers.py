@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 import grpc
 
@@ -38,7 +39,8 @@ WIRES = 8
 """Connections to other nodes that are in use at a time; each takes a thread."""
 STAGING_BYTES = 32 << 20
 """Of memory for blocks on their way from disk to a peer, kept to be used again."""
-LEAVE_S = 0.5
+PASS_ON_S = 0.5
+"""So long it is waited for the directory to hear of something; it may be down."""
 CLOSE_S = 1.0
 
 
@@ -50,6 +52,7 @@ class Peers:
         self,
         settings: PeersSettings,
         secret: bytes,
+        trust: Trust | None,
         directory: Directory,
         memory: Memory,
         disk: DiskTier | None,
@@ -62,7 +65,7 @@ class Peers:
         self._metrics = metrics
         self._memory = memory
         self._disk = disk
-        self._trust = Trust.read(settings.tls_ca_file) if settings.tls_ca_file else None
+        self._trust = trust
         self._credentials = Credentials(secret, own.node_id, own.endpoint)
         self._runner = ThreadRunner(WIRES)
         self._room = asyncio.Semaphore(WIRES)
@@ -102,11 +105,9 @@ class Peers:
 
     async def leave(self) -> None:
         """Nobody shall be sent here any more."""
-        try:
-            async with asyncio.timeout(LEAVE_S):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PASS_ON_S):
                 await self.announcer.leave()
-        except TimeoutError:
-            return
 
     async def close(self) -> None:
         """Lets go of threads; the tier is closed by who uses it."""
@@ -134,7 +135,11 @@ class Peers:
         async def below() -> int:
             return await self._disk.forget_named(names, tag) if self._disk is not None else 0
 
-        return await self._node.tiers.forget_here(find, below, concerns)
+        copies = await self._node.tiers.forget_here(find, below, concerns)
+        with suppress(TimeoutError):  # Nobody shall look for them here.
+            async with asyncio.timeout(PASS_ON_S):
+                await self.announcer.settle()
+        return copies
 
     def _peer(self, node: Neighbour) -> Peer:
         return Peer(node, self._credentials, self._trust, self._clock, self._runner, self._room)

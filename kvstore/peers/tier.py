@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from kvstore.api.bulk import Parcel
 from kvstore.api.errors import KvstoreError, TierError
@@ -15,6 +16,7 @@ from kvstore.peers.circle import Circle
 from kvstore.peers.peer import Fetched, Peer
 from kvstore.peers.register import Register
 from kvstore.spaces import Spaces
+from kvstore.tiers.guarded import CLEAR_S
 
 _log = logging.getLogger("kvstore.peers")
 
@@ -69,9 +71,9 @@ class PeerTier:
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         answers: list[Loaded | None] = [None] * len(loads)
-        wishes = self._wishes(loads)
-        shares = await self._shared_out(wishes)
-        fetches = [self._fetch(peer, share, answers) for peer, share in shares.items()]
+        end_s = asyncio.get_running_loop().time() + ANSWER_PART * self._timeout_s
+        shares = await self._shared_out(self._wishes(loads))
+        fetches = [self._fetch(peer, share, answers, end_s) for peer, share in shares.items()]
         # Not one of them is left behind: its thread would write to buffers of the caller's.
         for outcome in await asyncio.gather(*fetches, return_exceptions=True):
             if isinstance(outcome, BaseException):
@@ -83,11 +85,13 @@ class PeerTier:
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
         names = [block_name(ref) for ref in refs]
-        return await self._everybody(lambda peer: peer.forget(names, b"", self._timeout_s))
+        timeout_s = ANSWER_PART * self._timeout_s
+        return await self._everybody(lambda peer: peer.forget(names, b"", timeout_s))
 
     async def clear(self, namespace: bytes) -> int:
         tag = namespace_tag(namespace)
-        return await self._everybody(lambda peer: peer.forget([], tag, self._timeout_s))
+        timeout_s = ANSWER_PART * max(CLEAR_S, self._timeout_s)
+        return await self._everybody(lambda peer: peer.forget([], tag, timeout_s))
 
     def usage(self) -> list[Usage]:
         return [Usage(self.name, 0, 0, 0)]
@@ -123,9 +127,17 @@ class PeerTier:
         return wishes
 
     async def _shared_out(self, wishes: Sequence[_Wish]) -> dict[Peer, list[_Wish]]:
-        """Whom to ask for what: of those who hold a block the one who holds the most of them."""
+        """Whom to ask for what: of those who hold a block the one who holds the most of them.
+
+        Of equals each node prefers another one.
+        """
         rows = await self._rows([wish.name for wish in wishes], await self._awake())
-        peers = sorted(rows, key=lambda peer: sum(rows[peer]), reverse=True)
+        own_id = self._directory.own.node_id
+
+        def worth(peer: Peer) -> tuple[int, int]:
+            return sum(rows[peer]), crc32(f"{own_id} {peer.node.node_id}".encode())
+
+        peers = sorted(rows, key=worth, reverse=True)
         shares: dict[Peer, list[_Wish]] = {}
         for at, wish in enumerate(wishes):
             peer = next((peer for peer in peers if rows[peer][at]), None)
@@ -134,10 +146,9 @@ class PeerTier:
         return shares
 
     async def _fetch(
-        self, peer: Peer, wishes: Sequence[_Wish], answers: list[Loaded | None]
+        self, peer: Peer, wishes: Sequence[_Wish], answers: list[Loaded | None], end_s: float
     ) -> None:
         loop = asyncio.get_running_loop()
-        end_s = loop.time() + ANSWER_PART * self._timeout_s
         for start in range(0, len(wishes), MAX_NAMES):
             part = wishes[start : start + MAX_NAMES]
             fetched = await peer.fetch(

@@ -224,7 +224,7 @@ class Tiered:
             lambda: self.memory.discard(find()),
             lambda: self._slow.forget(below(), concerns) if self._slow is not None else below(),
             concerns,
-            concerns,
+            lambda ref: True,
         )
 
     async def flush(self) -> None:
@@ -268,7 +268,7 @@ class Tiered:
     async def _forget_stranded(self, is_near: Concerns) -> int:
         """Forgets what waits in memory for a parent that was below, and went with its own.
 
-        `is_near` says of which blocks that may be so: they are of a namespace that was forgotten.
+        `is_near` says of which blocks that may be so: of those of the same namespace.
         """
         awaited = [ref for ref in self.memory.awaited() if is_near(ref)]
         if not awaited or self._own is None:
