@@ -12,17 +12,16 @@ import pytest
 import redis
 
 from kvstore.api.asking import receive_windows
-from kvstore.api.bulk import CHUNK_BYTES
+from kvstore.api.bulk import CHUNK_BYTES, Parcel
 from kvstore.api.errors import Unavailable
 from kvstore.api.tier import BlockRef, Load
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc as pb_grpc
 from kvstore.names import block_name
 from kvstore.peers.credentials import PEERS, Credentials
-from kvstore.peers.peers import Peers
+from kvstore.peers.peers import WIRES, Peers
 from kvstore.server import NodeServer
 from kvstore.tenants import LOCAL_TENANT, Tenant
-from kvstore.tiers.tiered import Want
 from kvstore_client import AsyncClient, Client, Space
 from kvstore_workers.redis_server import RedisServer
 from tests.node_process import NodeProcess
@@ -184,7 +183,7 @@ async def test_a_match_brings_what_another_node_has(cluster: Cluster) -> None:
     assert tiers == {"memory": True, "disk": True, "peers": True}
 
 
-@pytest.mark.parametrize(("block_bytes", "count"), [(1, 5000), (CHUNK_BYTES, 5), (LARGE, 5)])
+@pytest.mark.parametrize(("block_bytes", "count"), [(1, 4200), (CHUNK_BYTES, 5), (LARGE, 5)])
 async def test_blocks_of_every_size_come(cluster: Cluster, block_bytes: int, count: int) -> None:
     """Tiny ones in several questions, large ones in several windows, without a lease as well."""
     memory = LARGE_NODE["memory"]
@@ -269,7 +268,7 @@ async def test_what_only_a_peer_has_is_no_parent_and_no_copy(cluster: Cluster) -
 async def test_a_parent_that_leaves_during_a_write_is_gone_though_a_peer_has_it(
     cluster: Cluster,
 ) -> None:
-    """And nobody waits in memory for a parent that only a peer has."""
+    """What a peer has it may forget; then the child would be of no use."""
     one, two = await cluster.pair()
     reader, space, keys = await filled(cluster, one, two)
     assert await store(reader, space, keys[:2]) == [True] * 2
@@ -280,10 +279,23 @@ async def test_a_parent_that_leaves_during_a_write_is_gone_though_a_peer_has_it(
     assert await reader.locate(space, keys[:4]) == ["memory"] + ["peers"] * 3
     assert not await offer.hold_parent(0)
     offer.close()
-    # A promotion of a child alone: it has come, and its parent is nowhere that counts.
-    refs = two.node.refs(LOCAL, "", space.space_id, keys)
-    assert await tiers.acquire([Want(refs[3], refs[2], BLOCK_BYTES)]) == [None]
-    assert [bool(tiers.memory.find(ref)) for ref in refs[:4]] == [True, False, False, False]
+
+
+async def test_a_block_may_come_without_its_parent_which_only_a_peer_has(cluster: Cluster) -> None:
+    """The engine has the head itself: the rest is read once, kept in memory, and not on disk."""
+    one, two = await cluster.pair()
+    reader, space, keys = await filled(cluster, one, two)
+    match = await reader.match([space], keys, held_blocks=5)
+    assert match.blocks == BLOCKS
+    assert await load(reader, space, keys[5:], lease=match) == ["peers"] * (BLOCKS - 5)
+    assert counter(one, "peer_lent_blocks") == BLOCKS - 5
+    assert await reader.locate(space, keys) == ["peers"] * 5 + ["memory"] * (BLOCKS - 5)
+    await reader.release(match)
+    await two.node.tiers.flush()
+    assert counter(two, "disk_orphans") == BLOCKS - 5
+    # Once its head is forgotten everywhere, nobody waits for it.
+    await reader.discard(space, keys[4:5])
+    assert two.node.tiers.memory.refs() == []
 
 
 async def test_a_victim_is_not_safe_because_a_peer_has_it(cluster: Cluster) -> None:
@@ -375,7 +387,7 @@ async def test_a_damaged_block_is_noticed(cluster: Cluster, place: str) -> None:
 
 async def test_a_peer_that_stands_still_is_left_at_the_deadline(cluster: Cluster) -> None:
     """With what has come by then; nothing writes to the buffers later, and it is asked no more."""
-    peers = {"peers": {"timeout_s": 0.5, "lookup_timeout_s": 30}}
+    peers = {"peers": {"timeout_s": 0.3, "lookup_timeout_s": 30}}
     one, two = (
         await cluster.node("one", **LARGE_NODE),
         await cluster.node("two", **LARGE_NODE, **peers),
@@ -464,6 +476,24 @@ async def test_a_connection_that_broke_is_another_ones_beginning(cluster: Cluste
     await proxy.close()
 
 
+async def test_who_has_no_time_left_blames_nobody(cluster: Cluster) -> None:
+    """The directory took it all, say, or others of this node had all connections."""
+    one, two = await cluster.pair()
+    reader, space, keys = await filled(cluster, one, two)
+    [peer] = await peers_of(two).tier._circle.of(directory_of(two).others)
+    names, buffer = names_of(two, space, keys[:1]), memoryview(bytearray(BLOCK_BYTES))
+    parcels = [Parcel(space.space_id, keys[0], buffer)]
+    room = peers_of(two)._room
+    for _ in range(WIRES):
+        await room.acquire()
+    for time_s in (-1.0, 0.0, 0.01):
+        assert await peer.fetch(names, parcels, time_s) == ({}, [], "late")
+    for _ in range(WIRES):
+        room.release()
+    assert not peer.rests
+    assert await load(reader, space, keys) == ["peers"] * BLOCKS
+
+
 async def test_a_busy_peer_is_a_miss_and_is_asked_again(cluster: Cluster) -> None:
     """It has refused because it had too much to do."""
     one = await cluster.node("one", server={"waiting_calls": 0, "max_data_calls": 1})
@@ -499,9 +529,11 @@ async def test_without_the_directory_there_are_misses(
     assert await load(reader, space, keys + more) == ["peers"] * (BLOCKS + 3)
 
 
-async def test_what_the_directory_lost_is_announced_anew(cluster: Cluster) -> None:
-    """As after an eviction there, or its restart; what has come meanwhile is no proof that it is
-    whole."""
+async def test_what_the_directory_lost_is_announced_anew(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an eviction there, or its restart; what has come meanwhile proves nothing."""
+    monkeypatch.setattr("kvstore.peers.announcer.HEARTBEAT_S", 1000.0)
     one, two = await cluster.pair()
     _, space, _ = await filled(cluster, one, two)
     with redis.from_url(cluster.redis_url) as client:
@@ -531,11 +563,14 @@ async def test_no_more_is_announced_than_allowed(cluster: Cluster) -> None:
 async def test_changes_that_were_missed_are_made_good(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where more has changed at once than is kept in mind."""
+    """Where more has changed at once than is kept in mind, the next heartbeat looks at all."""
     monkeypatch.setattr("kvstore.peers.holdings.MAX_CHANGES", 4)
+    monkeypatch.setattr("kvstore.peers.announcer.HEARTBEAT_S", 1000.0)
     one, two = await cluster.pair()
+    await met(one, two)
     reader, space, keys = await filled(cluster, one, two)
     assert peers_of(one).holdings.missed
+    assert len(cluster.entries()["one"]) < BLOCKS
     await peers_of(one).announcer._renew()
     assert not peers_of(one).holdings.missed
     assert await load(reader, space, keys) == ["peers"] * BLOCKS
@@ -581,6 +616,14 @@ async def test_only_a_node_of_the_cluster_may_ask(cluster: Cluster, tmp_path: Pa
         await refused(
             kvstore.Status(pb.StatusRequest(), metadata=who), grpc.StatusCode.UNAUTHENTICATED
         )
+
+
+async def test_a_node_without_peers_answers_none(nodes: Nodes) -> None:
+    """Nobody is lent anything unless it is switched on."""
+    server = await nodes.start()
+    async with raw_channel(server) as channel:
+        call = pb_grpc.PeerStub(channel).Connect(pb.PeerConnectRequest(nonce=bytes(32)))
+        await refused(call, grpc.StatusCode.UNIMPLEMENTED)
 
 
 async def test_a_ticket_opens_what_it_was_given_for(cluster: Cluster, tmp_path: Path) -> None:
@@ -798,3 +841,30 @@ def test_a_node_that_is_killed_between_match_and_load(tmp_path: Path, redis_url:
         loaded = reader.load_any(space, keys, buffers)
         assert [answer.tier for answer in loaded if answer] == ["memory"] * BLOCKS
     two.stop()
+
+
+async def test_bogus_entries_of_the_directory_harm_nobody(cluster: Cluster) -> None:
+    """Endpoints that are none, entries that are no JSON, ids that are no text, and our own."""
+    one, two = await cluster.pair()
+    reader, space, keys = await filled(cluster, one, two)
+    bogus = {
+        b"blank": b'{"endpoint": " ", "life": "1"}',
+        b"path": b'{"endpoint": "unix:///etc", "life": "1"}',
+        b"list": b'["endpoint"]',
+        b"text": b"endpoint",
+        b"\xff\xfe": b'{"endpoint": "127.0.0.1:1", "life": "1"}',
+        b"number": b'{"endpoint": 7, "life": {}}',
+        b"long": b'{"endpoint": "%s:1", "life": "1"}' % (b"x" * 5000),
+    }
+    with redis.from_url(cluster.redis_url) as client:
+        client.sadd("kvstore:d1:nodes", *bogus, "gone")
+        for node_id, entry in bogus.items():
+            client.set(b"kvstore:d1:node:" + node_id, entry)
+        client.sadd("kvstore:d1:blocks:long:1", *names_of(two, space, keys[:2]))
+    others = await directory_of(two).refresh()
+    assert [node.node_id for node in others if node.lends] == ["long", "one"]
+    cluster.strike(one, names_of(one, space, keys[:1]))
+    assert await load(reader, space, keys) == [None] + ["peers"] * (BLOCKS - 1)
+    assert came(two, "unreachable") == 1
+    with redis.from_url(cluster.redis_url) as client:
+        assert b"gone" not in client.smembers("kvstore:d1:nodes")

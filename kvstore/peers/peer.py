@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Sequence
 from functools import partial
@@ -86,11 +87,15 @@ class Peer:
         """
         loaded: dict[int, Loaded] = {}
         damaged: list[int] = []
+        now_s = asyncio.get_running_loop().time
+        asked_s, end_s = math.inf, now_s() + timeout_s
         try:
             async with asyncio.timeout(timeout_s), self._room:
-                damaged = await self._read(names, parcels, loaded, timeout_s)
+                asked_s = now_s()
+                damaged = await self._read(names, parcels, loaded, end_s - asked_s)
         except (Hangup, Nonsense, KvstoreError, OSError, ValueError, *GRPC_ERRORS) as error:
-            return Fetched(loaded, damaged, self._failed(error, came=bool(loaded)))
+            had_time = now_s() - asked_s >= timeout_s / 2
+            return Fetched(loaded, damaged, self._failed(error, had_time and not loaded))
         return Fetched(loaded, damaged, "gone")
 
     async def forget(self, names: Sequence[bytes], tag: bytes, timeout_s: float) -> int:
@@ -194,8 +199,8 @@ class Peer:
         shown = self._credentials.shown_to(self.node.node_id, self.node.endpoint)
         return (("authorization", shown),)
 
-    def _failed(self, error: Exception, *, came: bool) -> str:
-        """Notes a failure; its name."""
+    def _failed(self, error: Exception, is_slow: bool) -> str:
+        """Notes a failure; its name. Who is late and not slow was only asked for too much."""
         if isinstance(error, grpc.aio.AioRpcError):
             code = error.code()
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -204,8 +209,8 @@ class Peer:
                 error = from_status(code, error.details() or "")
         if isinstance(error, ResourceExhausted):
             return "busy"
-        if isinstance(error, TimeoutError) and came:
-            return "late"  # It was only too much.
+        if isinstance(error, TimeoutError) and not is_slow:
+            return "late"
         self._rests_until_s = self._clock.monotonic_s() + ALONE_S
         _log.info("node %s is left alone for a while: %s", self.node.node_id, error or "late")
         if isinstance(error, TimeoutError):

@@ -42,9 +42,9 @@ class Acquired(NamedTuple):
 class Tiered:
     """`memory` over `slow`; without `slow`, what memory evicts is gone.
 
-    What `peers` hold is found, read and promoted like what lies in `slow`, but nothing is written
-    to them, nobody's parent lies there, and a block that they have is wanted here all the same:
-    they may forget it, and this node's own tiers would have a gap.
+    What `peers` hold is found, read and promoted like what lies in `slow`. But nothing is written
+    to them; what they have is wanted here all the same, and nothing is taken from a writer whose
+    parent only they have: they may forget it, and this node's own tiers would have a gap.
 
     One promotion per block however many ask: later callers wait for the first one's.
 
@@ -82,7 +82,7 @@ class Tiered:
         return await self._locate(refs, self._slow)
 
     async def locate_own(self, refs: Sequence[BlockRef]) -> list[str | None]:
-        """As `locate`, without what only peers hold: nothing may be built on that."""
+        """As `locate`, without what only peers hold: nobody may build on that."""
         return await self._locate(refs, self._own)
 
     async def wants(self, refs: Sequence[BlockRef]) -> list[bool]:
@@ -271,9 +271,9 @@ class Tiered:
         `is_near` says of which blocks that may be so: of those of the same namespace.
         """
         awaited = [ref for ref in self.memory.awaited() if is_near(ref)]
-        if not awaited or self._own is None:
+        if not awaited or self._slow is None:
             return 0
-        places = await self._own.locate(awaited)
+        places = await self._slow.locate(awaited)
         return self.memory.forget_waiting(
             ref for ref, place in zip(awaited, places, strict=True) if place is None
         )
@@ -336,7 +336,8 @@ class Tiered:
         ]
         if not absent:
             return set()
-        places = await self._locate(absent, self._own)
+        assert self._slow is not None
+        places = await self._slow.locate(absent)
         return {ref for ref, place in zip(absent, places, strict=True) if place is not None}
 
     def _commit_promoted(
