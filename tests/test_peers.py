@@ -500,6 +500,7 @@ async def test_a_busy_peer_is_a_miss_and_is_asked_again(cluster: Cluster) -> Non
     two = await cluster.node("two")
     reader, space, keys = await filled(cluster, one, two)
     await load(reader, space, keys[:1])
+    assert await one.calls.finished(60.0)
     async with one.calls.admission.admitted("somebody", 1, 30):
         assert await load(reader, space, keys[1:]) == [None] * (BLOCKS - 1)
     assert came(two, "busy") == BLOCKS - 1
