@@ -13,7 +13,7 @@ import redis
 
 from kvstore.api.asking import receive_windows
 from kvstore.api.bulk import CHUNK_BYTES, Parcel
-from kvstore.api.errors import Unavailable
+from kvstore.api.errors import ConfigError, Unavailable
 from kvstore.api.tier import BlockRef, Load
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore.api.v1 import kvstore_pb2_grpc as pb_grpc
@@ -476,6 +476,40 @@ async def test_a_connection_that_broke_is_another_ones_beginning(cluster: Cluste
     await proxy.close()
 
 
+@pytest.mark.parametrize("moment", ["calling", "reading"])
+async def test_a_node_that_leaves_the_directory_is_not_waited_for(
+    cluster: Cluster, moment: str
+) -> None:
+    """In the middle of a read, or while it is called: that is a miss at once, and nobody's end."""
+    one, two = await cluster.pair(**LARGE_NODE)
+    writer, reader = cluster.nodes.connect(one), cluster.nodes.connect(two)
+    for client in (writer, reader):
+        space = await client.open_space(descriptor_of(LARGE))
+    keys = keys_of("chat", 1)
+    await store(writer, space, keys)
+    await met(one, two)
+    proxy, reached = Proxy(), asyncio.Event()
+    if moment == "reading":
+        await proxy.start(bulk(one).port)
+        bulk(one).port = proxy.port
+        proxy.limit_bytes, proxy.then = LARGE // 2, reached.set
+    else:  # A host that takes connections and says nothing.
+        silent = await asyncio.start_server(lambda *_: reached.set(), "127.0.0.1", 0)
+        port = silent.sockets[0].getsockname()[1]
+        own = directory_of(one).own
+        directory_of(two).others = [own._replace(endpoint=f"127.0.0.1:{port}")]
+    loading = asyncio.create_task(load(reader, space, keys))
+    await reached.wait()
+    directory_of(two).others = []
+    assert await reader.locate(space, keys) == [None]
+    assert await loading == [None]
+    assert came(two, "unreachable") == 1
+    if moment == "reading":
+        await proxy.close()
+    else:
+        silent.close()
+
+
 async def test_who_has_no_time_left_blames_nobody(cluster: Cluster) -> None:
     """The directory took it all, say, or others of this node had all connections."""
     one, two = await cluster.pair()
@@ -800,6 +834,9 @@ async def test_peers_speak_tls(cluster: Cluster, tmp_path: Path) -> None:
     await met(one, two, three)
     assert await load(reader, space, keys) == ["peers"] * BLOCKS
     assert await load(wary_reader, space, keys) == [None] * BLOCKS
+    nowhere = good | {"peers": trust | {"tls_ca_file": tmp_path / "none"}}
+    with pytest.raises(ConfigError, match=r"peers\.tls_ca_file: .*none"):
+        await cluster.node("four", **nowhere)
     assert counter(one, "requests", op="peer_read", status="ok") == 1
 
 
