@@ -107,7 +107,7 @@ class BulkCalls:
             self._has_answered = True
             blocks = gathered.blocks
             if prefix_only:
-                blocks = _leading(blocks)
+                blocks = leading(blocks)
             is_last = number == len(windows) or len(blocks) < len(window)
             sending.send(gathered, blocks, is_last)
             if is_last:
@@ -185,7 +185,7 @@ def _send_window(wire: BulkSocket, blocks: Sequence[Delivered], is_last: bool) -
     wire.send_blocks(parcels)
 
 
-def _leading(blocks: list[Delivered]) -> list[Delivered]:
+def leading(blocks: list[Delivered]) -> list[Delivered]:
     """Those before the first one that is missing."""
     for number, block in enumerate(blocks):
         if block.view is None:

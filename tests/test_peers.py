@@ -11,7 +11,7 @@ import grpc
 import pytest
 import redis
 
-from kvstore.api.asking import receive_windows
+from kvstore.api.asking import Received, receive_windows
 from kvstore.api.bulk import CHUNK_BYTES, Parcel
 from kvstore.api.errors import ConfigError, Unavailable
 from kvstore.api.tier import BlockRef, Load
@@ -422,7 +422,7 @@ async def test_who_is_cancelled_leaves_his_buffers_alone(
     """The connection is shut down first, and its thread waited for; the other node is not."""
     lingers, ended = threading.Event(), threading.Event()
 
-    def receive(*arguments: Any) -> list[int]:
+    def receive(*arguments: Any) -> Received:
         try:
             return receive_windows(*arguments)
         finally:
@@ -521,11 +521,40 @@ async def test_who_has_no_time_left_blames_nobody(cluster: Cluster) -> None:
     for _ in range(WIRES):
         await room.acquire()
     for time_s in (-1.0, 0.0, 0.01):
-        assert await peer.fetch(names, parcels, time_s) == ({}, [], "late")
+        assert await peer.fetch(names, parcels, time_s) == ({}, (), 0, "late")
     for _ in range(WIRES):
         room.release()
     assert not peer.rests
     assert await load(reader, space, keys) == ["peers"] * BLOCKS
+
+
+async def test_a_slow_disk_is_late_and_its_entries_stay(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peer says what it has read in time, and of the rest nothing."""
+    one = await cluster.node("one", **FEW)
+    two = await cluster.node("two", peers={"timeout_s": 0.3, "enabled": True})
+    reader, space, keys = await filled(cluster, one, two)
+    await one.node.tiers.flush()
+    for slot in one.node.tiers.memory.slots():
+        one.node.tiers.memory.evict(slot)
+    await quiet_peers(one)
+    disk = one.node.disk
+    assert disk is not None
+    slow = block_name(two.node.refs(LOCAL, "", space.space_id, keys)[3])
+    read = disk.read_named
+
+    async def read_slowly(name: bytes, *more: Any) -> bytes | None:
+        if name == slow:
+            await asyncio.Event().wait()
+        return await read(name, *more)
+
+    monkeypatch.setattr(disk, "read_named", read_slowly)
+    assert await load(reader, space, keys) == ["peers"] * 3 + [None] * (BLOCKS - 3)
+    assert came(two, "late") == BLOCKS - 3
+    assert came(two, "gone") == 0
+    monkeypatch.undo()
+    assert await load(reader, space, keys[3:]) == ["peers"] * (BLOCKS - 3)
 
 
 async def test_a_busy_peer_is_a_miss_and_is_asked_again(cluster: Cluster) -> None:

@@ -29,7 +29,7 @@ def fetch(
         Parcel(space_id, key, buffer)
         for key, buffer in zip(arrivals.keys, arrivals.buffers, strict=True)
     ]
-    return len(receive_windows(wire, request, parcels, here))
+    return len(receive_windows(wire, request, parcels, here).damaged)
 
 
 def place(wire: BulkSocket, request: pb.BulkRequest, run: Outgoing, held: list[bool]) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -14,6 +15,15 @@ from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
 
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
+
+
+class Received(NamedTuple):
+    """What a node has answered to a question for blocks."""
+
+    answered: int
+    """So many of the blocks, the first ones; of the others it has said nothing."""
+    damaged: list[int]
+    """The places of those that came, and were not what was written."""
 
 
 class Nonsense(Exception):
@@ -71,8 +81,8 @@ def receive_windows(
     request: pb.BulkRequest,
     parcels: Sequence[Parcel],
     here: Callable[[int, Loaded], None],
-) -> list[int]:
-    """Receives what a request asks for into the parcels' buffers; which of them came damaged.
+) -> Received:
+    """Receives what a request asks for into the parcels' buffers.
 
     For a thread: it blocks. `here` hears of each block that is complete and good, also when this
     raises in the end: Hangup or Nonsense where the connection is of no further use, and
@@ -99,7 +109,7 @@ def receive_windows(
         index, is_last = places.stop, window.last
         if not places and not is_last:
             raise Nonsense("window: it is empty, and not the last one")
-    return damaged
+    return Received(index, damaged)
 
 
 def hear(wire: BulkSocket, field: str) -> pb.BulkReply:

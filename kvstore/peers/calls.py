@@ -5,7 +5,7 @@ from typing import Any
 from kvstore.api.errors import InvalidArgument, PermissionDenied
 from kvstore.api.space import MAX_BLOCK_BYTES
 from kvstore.api.v1 import kvstore_pb2 as pb
-from kvstore.bulk_calls import BulkCalls, Sending
+from kvstore.bulk_calls import BulkCalls, Sending, leading
 from kvstore.bulk_line import Line
 from kvstore.calls import Call, Calls
 from kvstore.filling import WINDOW_BYTES, WINDOWS
@@ -57,9 +57,13 @@ class PeerCalls(BulkCalls):
                     await sending.settle(WINDOWS - 1)
                     found = await self._finder.find(part, call.left_s())
                     self._has_answered = True
-                    sending.send(found, found.blocks, number == len(parts))
-                    lent = sum(block.view is not None for block in found.blocks)
+                    # Where there was no time to look, nothing is said.
+                    blocks = found.blocks if found.in_time else leading(found.blocks)
+                    sending.send(found, blocks, number == len(parts) or not found.in_time)
+                    lent = sum(block.view is not None for block in blocks)
                     self._metrics.peer_lent_blocks.inc(lent)
+                    if not found.in_time:
+                        break
                 await sending.settle(0)
             finally:
                 await sending.close()

@@ -25,6 +25,8 @@ class Found:
 
     def __init__(self, memory: Memory) -> None:
         self.blocks: list[Delivered] = []
+        self.in_time = False
+        """Whether all was looked for; otherwise what is missing may be here."""
         self._memory = memory
         self._pinned: list[Slot] = []
         self._loans: list[_HeldLoan] = []
@@ -66,18 +68,19 @@ class Finder:
         found.blocks = [Delivered(index, None) for index in range(len(sought))]
         try:
             slots = [self._in_memory(each, found) for each in sought]
-            with suppress(TimeoutError):  # What has not come by then is missing.
+            with suppress(TimeoutError):
                 async with within(max(left_s, 0.0)):
                     await self._tiers.digests.settle(slot for slot in slots if slot is not None)
                     for index, slot in enumerate(slots):
                         if slot is not None and slot.digest:
                             found.blocks[index] = Delivered(index, slot.view, slot.digest)
                     await self._read(sought, slots, found)
+                    found.in_time = True
         except BaseException:
             found.close()
             raise
         for each, block in zip(sought, found.blocks, strict=True):
-            if block.view is None:
+            if block.view is None and found.in_time:
                 self._holdings.look_again(each.name)
         return found
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import grpc
 
-from kvstore.api.asking import Nonsense, enter, host_of, receive_windows
+from kvstore.api.asking import Nonsense, Received, enter, host_of, receive_windows
 from kvstore.api.bulk import BulkSocket, Hangup, Parcel, undisturbed
 from kvstore.api.channel import open_channel
 from kvstore.api.clock import Clock
@@ -38,11 +38,12 @@ class Fetched(NamedTuple):
     """What became of some blocks that a node was asked for: by their places in the question."""
 
     loaded: dict[int, Loaded]
-    damaged: list[int]
+    damaged: Sequence[int] = ()
     """Came, and was not what was written."""
-    cause: str
-    """Why the others have not come: the node says that they are "gone", or it is "late",
-    "unreachable", "busy", or has "refused" to answer."""
+    answered: int = 0
+    """Of so many, the first ones, the node says that they are gone if they have not come."""
+    cause: str = "late"
+    """Why the others have not: it is "late", "unreachable", "busy", or has "refused" to answer."""
 
 
 class Peer:
@@ -86,17 +87,16 @@ class Peer:
         Nothing writes to them any more when this has returned, or was cancelled.
         """
         loaded: dict[int, Loaded] = {}
-        damaged: list[int] = []
         now_s = asyncio.get_running_loop().time
         asked_s, end_s = math.inf, now_s() + timeout_s
         try:
             async with asyncio.timeout(timeout_s), self._room:
                 asked_s = now_s()
-                damaged = await self._read(names, parcels, loaded, end_s - asked_s)
+                received = await self._read(names, parcels, loaded, end_s - asked_s)
         except (Hangup, Nonsense, KvstoreError, OSError, ValueError, *GRPC_ERRORS) as error:
             had_time = now_s() - asked_s >= timeout_s / 2
-            return Fetched(loaded, damaged, self._failed(error, had_time and not loaded))
-        return Fetched(loaded, damaged, "gone")
+            return Fetched(loaded, cause=self._failed(error, had_time and not loaded))
+        return Fetched(loaded, received.damaged, received.answered)
 
     async def forget(self, names: Sequence[bytes], tag: bytes, timeout_s: float) -> int:
         """Has the node forget blocks; how many copies there were. Raises KvstoreError."""
@@ -127,7 +127,7 @@ class Peer:
         parcels: Sequence[Parcel],
         loaded: dict[int, Loaded],
         timeout_s: float,
-    ) -> list[int]:
+    ) -> Received:
         asked = pb.PeerRead(
             names=b"".join(names), block_bytes=[len(parcel.view) for parcel in parcels]
         )
@@ -137,14 +137,14 @@ class Peer:
         try:
             work = partial(receive_windows, wire, request, parcels, loaded.__setitem__)
             job = asyncio.ensure_future(self._runner.run(work))
-            damaged = await undisturbed(job, wire.shut)
+            received = await undisturbed(job, wire.shut)
             in_order = True
         except KvstoreError:
             in_order = True
             raise
         finally:
             self._give_back(wire, in_order)
-        return damaged
+        return received
 
     async def _take(self) -> BulkSocket:
         while self._idle:

@@ -157,20 +157,22 @@ class PeerTier:
             for at, loaded in fetched.loaded.items():
                 answers[part[at].place] = loaded._replace(tier=self.name)
             self._take_stock(peer, part, fetched)
-            if fetched.cause != "gone":
+            if fetched.answered < len(part):
                 return
 
     def _take_stock(self, peer: Peer, wishes: Sequence[_Wish], fetched: Fetched) -> None:
         """Counts what has not come, and strikes what was said wrongly to be there."""
         lacking = set(range(len(wishes))) - fetched.loaded.keys() - set(fetched.damaged)
-        self._metrics.peer_misses.labels(fetched.cause).inc(len(lacking))
+        gone = {at for at in lacking if at < fetched.answered}
+        self._metrics.peer_misses.labels("gone").inc(len(gone))
+        self._metrics.peer_misses.labels(fetched.cause).inc(len(lacking - gone))
         self._metrics.peer_misses.labels("damaged").inc(len(fetched.damaged))
         self._metrics.corrupt.labels(self.name).inc(len(fetched.damaged))
         if fetched.damaged:
             _log.warning(
                 "%d blocks came damaged from node %s", len(fetched.damaged), peer.node.node_id
             )
-        wrong = [*fetched.damaged, *(lacking if fetched.cause == "gone" else ())]
+        wrong = [*fetched.damaged, *gone]
         if wrong:
             self._keep(self._strike(peer, [wishes[at].name for at in wrong]))
 

@@ -1628,7 +1628,8 @@ Global___BulkRead: _TypeAlias = BulkRead  # noqa: Y015
 @_typing.final
 class PeerRead(_message.Message):
     """Of what this node has itself, in memory or on its disk. Each block's length is the asker's word:
-    one of another length is missing.
+    one of another length is missing. Where time runs out the last window comes early, and nothing is
+    said of the blocks behind it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
