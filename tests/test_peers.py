@@ -820,6 +820,25 @@ async def test_what_a_peer_has_not_announced_yet_is_forgotten_as_well(
     assert await load(clients[0], space, keys) == [None] * BLOCKS
 
 
+async def test_what_descends_from_it_goes_with_it_at_a_peer(cluster: Cluster) -> None:
+    """Also what is left in memory of a chain whose middle lay on disk, and went with its head."""
+    one, two = await cluster.pair()
+    forgetter, client = await cluster.client(one), await cluster.client(two)
+    space = await client.open_space(descriptor_of())
+    keys = keys_of("chat", 8)
+    await store(client, space, keys)
+    await two.node.tiers.flush()
+    memory, refs = two.node.tiers.memory, two.node.refs(LOCAL, "", space.space_id, keys)
+    for ref in refs[:6]:
+        slot = memory.find(ref)
+        assert slot is not None
+        memory.evict(slot)
+    await met(one, two)
+    assert await forgetter.discard(space, keys[3:4]) == 7
+    assert memory.refs() == []
+    assert await load(client, space, keys) == ["disk"] * 3 + [None] * 5
+
+
 async def test_a_peer_that_cannot_forget_is_said_so(cluster: Cluster) -> None:
     """Here and at the others it is forgotten all the same."""
     one, two = await cluster.pair()
