@@ -205,11 +205,15 @@ async def test_a_node_lends_from_its_disk(cluster: Cluster) -> None:
     space = await client.open_space(descriptor_of())
     keys = keys_of("chat", BLOCKS)
     await store(client, space, keys)
-    await cluster.nodes.stop(one)
+    await peers_of(one).leave()
     assert cluster.entries() == {}
+    await store(client, space, keys_of("late", 2))
+    assert await peers_of(one).forget([bytes(32)], b"") == 0
+    assert cluster.entries() == {}
+    await cluster.nodes.stop(one)
     one, two = await cluster.pair()
     await met(one, two)
-    assert len(cluster.entries()["one"]) == BLOCKS
+    assert len(cluster.entries()["one"]) == BLOCKS + 2
     reader = await cluster.client(two)
     assert await load(reader, space, keys) == ["peers"] * BLOCKS
     assert one.node.tiers.memory.refs() == []

@@ -66,6 +66,8 @@ class Announcer:
 
     async def settle(self) -> None:
         """Returns when all that has changed until now was passed on, or could not be."""
+        if not self._tasks:
+            return  # Nobody is told anything yet, or any more.
         async with self._turn:
             if not self._is_whole:
                 await self._renew()
