@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,12 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(nodes: Nodes, tmp_path: Path, redis_url: str) -> Iterator[Cluster]:
+async def cluster(nodes: Nodes, tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
     """Nothing of it runs yet; at the end what each node knows of its own blocks is checked."""
     yield Cluster(nodes, tmp_path, redis_url)
     for server in nodes._servers:
+        # Who reads has its answer a moment before who lends has ended the call.
+        assert await server.calls.finished(60.0)
         if server.peers is not None:
             server.peers.holdings.check()
 

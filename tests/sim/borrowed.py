@@ -49,7 +49,10 @@ class Borrowed:
         for load in loads:
             space_id = load.ref.namespace
             self._borrower.node._known.learn(space_id, space_id, "bfloat16")
-        return await _peers_of(self._borrower).tier.load(loads)
+        answers = await _peers_of(self._borrower).tier.load(loads)
+        # The answer is here a moment before the call is over there, and its slots are let go.
+        assert await self._lender.calls.finished(60.0)
+        return answers
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
         return await self._lender.node.tiers.store(blocks)
