@@ -50,7 +50,10 @@ class Holdings:
         return on_disk or self.in_memory(name) is not None
 
     def look_again(self, name: bytes) -> None:
-        """Somebody was told of a block that he did not find here: that counts as a change."""
+        """Somebody was told of a block that he did not find here: that counts as a change.
+
+        So an entry that was wrong is taken back, by nobody but its owner.
+        """
         self._name_changed(name)
 
     async def changed(self) -> None:

@@ -65,7 +65,7 @@ class Register:
         return int(count) - 1 if is_whole else None
 
     async def strike(self, node: Neighbour, names: Sequence[bytes]) -> None:
-        """Removes what turned out to be wrong from another node's set."""
+        """Removes what came damaged from there from another node's set."""
         await _ask(self._redis.srem(_key(node), *names))
 
     async def leave(self) -> None:

@@ -37,8 +37,8 @@ class _Wish(NamedTuple):
 class PeerTier:
     """Blocks that other nodes hold, by what the register says, checked before they are delivered.
 
-    What a node says not to have, or what comes damaged, is struck from the register: a stale entry
-    costs one failed read. A node that cannot be reached, or is late, rests a while.
+    What a node says not to have it takes out of the register itself: a stale entry costs one failed
+    read. What comes damaged is struck. A node that cannot be reached, or is late, rests a while.
     """
 
     name = "peers"
@@ -97,7 +97,7 @@ class PeerTier:
         return [Usage(self.name, 0, 0, 0)]
 
     async def settle(self) -> None:
-        """Returns when all that turned out to be wrong is struck."""
+        """Returns when all that came damaged is struck."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -161,7 +161,7 @@ class PeerTier:
                 return
 
     def _take_stock(self, peer: Peer, wishes: Sequence[_Wish], fetched: Fetched) -> None:
-        """Counts what has not come, and strikes what was said wrongly to be there."""
+        """Counts what has not come, and strikes what came damaged."""
         lacking = set(range(len(wishes))) - fetched.loaded.keys() - set(fetched.damaged)
         gone = {at for at in lacking if at < fetched.answered}
         self._metrics.peer_misses.labels("gone").inc(len(gone))
@@ -172,15 +172,13 @@ class PeerTier:
             _log.warning(
                 "%d blocks came damaged from node %s", len(fetched.damaged), peer.node.node_id
             )
-        wrong = [*fetched.damaged, *gone]
-        if wrong:
-            self._keep(self._strike(peer, [wishes[at].name for at in wrong]))
+            self._keep(self._strike(peer, [wishes[at].name for at in fetched.damaged]))
 
     async def _strike(self, peer: Peer, names: Sequence[bytes]) -> None:
         try:
             await self._register.strike(peer.node, names)
         except TierError as error:
-            _log.info("stale entries stay in the directory: %s", error)
+            _log.info("entries of damaged blocks stay in the directory: %s", error)
 
     async def _everybody(self, forget: Callable[[Peer], Awaitable[int]]) -> int:
         """What all other nodes forget together. Raises TierError where one of them may not have."""
