@@ -618,9 +618,13 @@ async def test_what_the_directory_lost_is_announced_anew(
     assert all(0 < ttl_s <= 15 for ttl_s in cluster.ttls_s())
 
 
-async def test_no_more_is_announced_than_allowed(cluster: Cluster) -> None:
+async def test_no_more_is_announced_than_allowed(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rest is counted, and not found here by others."""
+    monkeypatch.setattr("kvstore.peers.announcer.HEARTBEAT_S", 1000.0)
     one = await cluster.node("one", peers={"announced_blocks": 5})
+    await met(one)
     client = await cluster.client(one)
     space = await client.open_space(descriptor_of())
     await store(client, space, keys_of("chat", BLOCKS))
