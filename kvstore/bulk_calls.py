@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -23,7 +23,7 @@ from kvstore.calls import Call, CallerGone, Calls
 from kvstore.filling import WINDOW_BYTES, WINDOWS, Filling
 from kvstore.local_calls import LocalContext, Refused
 from kvstore.node import Node
-from kvstore.reading import Delivered, Gathered, Reading
+from kvstore.reading import Delivered, Reading
 from kvstore.requests import KEY_COST_BYTES, MAX_SCOPES, begin_offer, check_count
 from kvstore.tickets import Ticket
 
@@ -92,14 +92,14 @@ class BulkCalls:
             reading = await self._node.reading(
                 call.tenant, asked.scopes, space_id, keys, asked.lease_id, left_s=call.left_s
             )
-            sending = _Sending(self._line)
+            sending = Sending(self._line)
             try:
                 await self._send_windows(reading, sending, prefix_only)
                 await sending.settle(0)
             finally:
                 await sending.close()
 
-    async def _send_windows(self, reading: Reading, sending: "_Sending", prefix_only: bool) -> None:
+    async def _send_windows(self, reading: Reading, sending: "Sending", prefix_only: bool) -> None:
         windows = list(reading.windows(WINDOW_BYTES))
         for number, window in enumerate(windows, start=1):
             await sending.settle(WINDOWS - 1)
@@ -107,7 +107,7 @@ class BulkCalls:
             self._has_answered = True
             blocks = gathered.blocks
             if prefix_only:
-                blocks = _leading(blocks)
+                blocks = leading(blocks)
             is_last = number == len(windows) or len(blocks) < len(window)
             sending.send(gathered, blocks, is_last)
             if is_last:
@@ -129,7 +129,14 @@ class BulkCalls:
         return self._line.begin(partial(self._line.wire.send_message, packed))
 
 
-class _Sending:
+class Window(Protocol):
+    """What a window of blocks is taken from. The views of its blocks are valid until `close`."""
+
+    def close(self) -> None:
+        """Lets the blocks go. Later calls change nothing."""
+
+
+class Sending:
     """Windows on their way to the reader. Call `close` however it ends.
 
     Invariant: the blocks of a window stay pinned as long as a thread may send them.
@@ -137,9 +144,9 @@ class _Sending:
 
     def __init__(self, line: Line) -> None:
         self._line = line
-        self._going: deque[tuple[Gathered, asyncio.Future[None]]] = deque()
+        self._going: deque[tuple[Window, asyncio.Future[None]]] = deque()
 
-    def send(self, gathered: Gathered, blocks: Sequence[Delivered], is_last: bool) -> None:
+    def send(self, gathered: Window, blocks: Sequence[Delivered], is_last: bool) -> None:
         """Sends a window behind those before it, and closes it then."""
         work = partial(_send_window, self._line.wire, blocks, is_last)
         self._going.append((gathered, self._line.begin(work)))
@@ -178,7 +185,7 @@ def _send_window(wire: BulkSocket, blocks: Sequence[Delivered], is_last: bool) -
     wire.send_blocks(parcels)
 
 
-def _leading(blocks: list[Delivered]) -> list[Delivered]:
+def leading(blocks: list[Delivered]) -> list[Delivered]:
     """Those before the first one that is missing."""
     for number, block in enumerate(blocks):
         if block.view is None:

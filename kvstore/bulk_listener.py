@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -60,6 +61,8 @@ class BulkListener:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.port = 0
+        self.peer_calls: Callable[[Line, Ticket], BulkCalls] | None = None
+        """What serves the connections of other nodes, where they are served."""
         self._listen = listen
         self._advertised_host = advertised_host
         self._node = node
@@ -84,12 +87,19 @@ class BulkListener:
 
     def invite(self, authorization: str | None, peer: str) -> pb.ConnectReply:
         """Invites somebody whom gRPC has authenticated by this header."""
+        return self._invite(authorization, peer, is_peer=False)
+
+    def invite_peer(self, authorization: str | None, peer: str) -> pb.ConnectReply:
+        """Invites another node, likewise."""
+        return self._invite(authorization, peer, is_peer=True)
+
+    def _invite(self, authorization: str | None, peer: str, *, is_peer: bool) -> pb.ConnectReply:
         if self._is_full(peer):
             raise ResourceExhausted("bulk.max_connections: too many clients are connected")
         return pb.ConnectReply(
             host=self._advertised_host,
             port=self.port,
-            ticket=self._tickets.give(authorization, peer),
+            ticket=self._tickets.give(authorization, peer, is_peer=is_peer),
             ticket_ms=round(TICKET_S * 1000),
             tls=self._tls is not None,
         )
@@ -152,7 +162,7 @@ class BulkListener:
         self._connections[ticket.peer] += 1
         try:
             await line.run(lambda: wire.send_bytes(WELCOME))
-            await _converse(line, BulkCalls(self._node, self._calls, line, ticket))
+            await _converse(line, self._calls_of(line, ticket))
         except CallerGone as error:
             _log.debug("a bulk connection has ended: %s", error)
         except (KvstoreError, DecodeError, TimeoutError) as error:
@@ -162,6 +172,12 @@ class BulkListener:
             self._connections[ticket.peer] -= 1
             if not self._connections[ticket.peer]:
                 del self._connections[ticket.peer]
+
+    def _calls_of(self, line: Line, ticket: Ticket) -> BulkCalls:
+        if ticket.is_peer:
+            assert self.peer_calls is not None, "nobody else gives such tickets"
+            return self.peer_calls(line, ticket)
+        return BulkCalls(self._node, self._calls, line, ticket)
 
     async def _greet(self, connection: socket.socket) -> tuple[socket.socket, Ticket | None]:
         """Lets the bearer of a ticket in; no ticket for anybody else."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -124,16 +124,22 @@ class Calls:
 
     @asynccontextmanager
     async def call(
-        self, op: str, context: Context, *, endless: bool = False
+        self,
+        op: str,
+        context: Context,
+        *,
+        endless: bool = False,
+        authenticate: Callable[[str | None], Tenant] | None = None,
     ) -> AsyncIterator[Call]:
         """Authenticates the caller, keeps to the deadline, maps errors to statuses, counts.
 
-        An `endless` call has no deadline; of those there are few, so that they leave room.
+        `authenticate` is for callers that are no tenants. An `endless` call has no deadline; of
+        those there are few, so that they leave room.
         """
         started_s = self._clock.monotonic_s()
         status = grpc.StatusCode.CANCELLED
         try:
-            async with self._timed(context, endless) as call:
+            async with self._timed(context, endless, authenticate) as call:
                 if endless:
                     with self._watching(call.client):
                         yield call
@@ -186,10 +192,15 @@ class Calls:
         return self.admission.admitted(call.client, cost_bytes, call.left_s())
 
     @asynccontextmanager
-    async def _timed(self, context: Context, endless: bool) -> AsyncIterator[Call]:
+    async def _timed(
+        self,
+        context: Context,
+        endless: bool,
+        authenticate: Callable[[str | None], Tenant] | None,
+    ) -> AsyncIterator[Call]:
         if self._draining:
             raise Unavailable("this node is draining")
-        tenant = self._tenants.authenticate(authorization(context))
+        tenant = (authenticate or self._tenants.authenticate)(authorization(context))
         asked_s = context.time_remaining()
         budget_s = min(
             asked_s if asked_s is not None else self._max_deadline_s, self._max_deadline_s

@@ -62,6 +62,12 @@ def _host_and_port(value: str) -> str:
     return value
 
 
+def _reachable(value: str) -> str:
+    if _host_and_port(value).endswith(":0"):
+        raise ValueError("must be HOST:PORT, and nobody can reach port 0")
+    return value
+
+
 def _policy_name(name: str) -> str:
     if name not in POLICIES:
         raise ValueError(f"must be one of {', '.join(POLICIES)}")
@@ -72,6 +78,7 @@ Codec = Annotated[str, AfterValidator(_codec_name)]
 Lossy = Annotated[str, AfterValidator(_lossy_name)]
 PolicyName = Annotated[str, AfterValidator(_policy_name)]
 Listen = Annotated[str, AfterValidator(_host_and_port)]
+Endpoint = Annotated[str, AfterValidator(_reachable)]
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 DATA_HOME = Path("~/.local/share/kvstore")
@@ -163,10 +170,43 @@ class ClusterSettings(_Section):
     node_id: str | None = Field(
         None, max_length=63, pattern=r"^[A-Za-z0-9._-]*$", description="empty: host name and port"
     )
+    advertised_endpoint: Endpoint | None = Field(
+        None,
+        description="HOST:PORT at which other nodes reach server.listen; empty: as it is written "
+        "there",
+    )
     secret_file: HomePath | None = Field(
         None,
         description="32 secret bytes from which stored names derive, the same on all nodes that "
         "share Redis; empty: made once, beside disk.path",
+    )
+
+
+class PeersSettings(_Section):
+    """Blocks of the other nodes of the cluster."""
+
+    enabled: bool = Field(
+        False,
+        description="read blocks from other nodes, and lend them this node's; needs "
+        "redis.directory_url, cluster.secret_file and bulk.enabled",
+    )
+    lookup_timeout_s: float = Field(
+        0.025, gt=0, le=60, description="for the directory; later answers are misses"
+    )
+    timeout_s: float = Field(1.0, gt=0, le=60, description="for a batch of blocks")
+    inflight_bytes: ByteSize = Field(
+        ByteSize(256 * _MIB), ge=4 * _MIB, description="on their way from other nodes, at most"
+    )
+    announced_blocks: int = Field(
+        262_144,
+        ge=1,
+        le=16_777_216,
+        description="that others are told of, at most; each takes about 100 bytes of the directory",
+    )
+    tls_ca_file: HomePath | None = Field(
+        None,
+        description="certificates (PEM) that the other nodes' are to be trusted by; needed where "
+        "nodes have TLS",
     )
 
 
@@ -309,6 +349,7 @@ class Settings(_Section):
     leases: LeaseSettings = Field(default_factory=LeaseSettings)
     shared_memory: SharedMemorySettings = Field(default_factory=SharedMemorySettings)
     bulk: BulkSettings = Field(default_factory=BulkSettings)
+    peers: PeersSettings = Field(default_factory=PeersSettings)
 
     @model_validator(mode="after")
     def _guarded(self) -> "Settings":
@@ -322,10 +363,29 @@ class Settings(_Section):
                 f"bulk.listen: {self.bulk.listen} is reachable from other hosts: set "
                 "auth.tokens_file, or listen on 127.0.0.1"
             )
-        if self.redis.directory_url and is_wildcard(self.server.listen.rpartition(":")[0]):
+        announced = self.cluster.advertised_endpoint or self.server.listen
+        if self.redis.directory_url and is_wildcard(announced.rpartition(":")[0]):
             raise ValueError(
-                f"server.listen: other nodes cannot reach {self.server.listen}: with "
-                "redis.directory_url it must name this host's own address"
+                f"server.listen: other nodes cannot reach {announced}: with redis.directory_url it "
+                "must name this host's own address, or cluster.advertised_endpoint another one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _among_peers(self) -> "Settings":
+        if not self.peers.enabled:
+            return self
+        for name, has in (
+            ("redis.directory_url", self.redis.directory_url),
+            ("cluster.secret_file", self.cluster.secret_file),
+            ("bulk.enabled", self.bulk.enabled),
+        ):
+            if not has:
+                raise ValueError(f"peers.enabled: {name} is needed as well")
+        if (self.server.tls_certificate_file is None) != (self.peers.tls_ca_file is None):
+            raise ValueError(
+                "peers.tls_ca_file: goes with server.tls_certificate_file: all nodes of a cluster "
+                "have TLS, or none"
             )
         return self
 

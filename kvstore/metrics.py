@@ -104,6 +104,22 @@ class Metrics:
             "link_bytes_per_second", "Speed of a tier's link as stored bytes moved lately.",
             "tier", "direction",
         )  # fmt: skip
+        self.peer_misses = self._counter(
+            "peer_misses",
+            "Blocks that the directory named at another node and that have not come from there: "
+            "gone, damaged, late, unreachable, busy, refused, or of an unknown space.",
+            "cause",
+        )
+        self.peer_lent_blocks = self._counter("peer_lent_blocks", "Blocks sent to other nodes.")
+        self.peer_announced_blocks = self._counter(
+            "peer_announced_blocks", "Blocks that the directory was told of, for other nodes."
+        )
+        self.peer_withdrawn_blocks = self._counter(
+            "peer_withdrawn_blocks", "Blocks that the directory was told have left."
+        )
+        self.peer_announce_dropped = self._counter(
+            "peer_announce_dropped", "Blocks that the directory was not told of: too many, or down."
+        )
         self.matched_blocks = self._counter("matched_blocks", "Blocks that Match found.")
         self.asked_blocks = self._counter("asked_blocks", "Blocks that Match was asked for.")
         self.hints = self._counter("hints", "Reuse hints received.", "reuse")

@@ -68,7 +68,7 @@ class Offer:
         slot = self.tiers.memory.find(parent)
         if slot is None:
             self._watch = self.tiers.oblivion.watch([parent])
-            [place] = await self.tiers.locate([parent])
+            [place] = await self.tiers.locate_own([parent])
             return place is not None
         self._parent = self.tiers.memory.pin(slot)
         return True

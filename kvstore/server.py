@@ -24,7 +24,7 @@ from kvstore.admission import Admission, Limits
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import ConfigError
 from kvstore.api.tier import Tier
-from kvstore.api.tls import Identity
+from kvstore.api.tls import Identity, Trust
 from kvstore.api.v1 import kvstore_pb2
 from kvstore.api.v1.kvstore_pb2 import AttachReply, ConnectReply
 from kvstore.api.wire import STREAM_OPTIONS
@@ -37,12 +37,13 @@ from kvstore.config import (
     ClusterSettings,
     DiskSettings,
     MemorySettings,
+    PeersSettings,
     RedisSettings,
     ServerSettings,
     Settings,
     is_wildcard,
 )
-from kvstore.directory import Directory
+from kvstore.directory import Directory, Neighbour
 from kvstore.events import Draining, Events, SegmentSealed
 from kvstore.files import DirectoryFiles
 from kvstore.health import Health
@@ -51,6 +52,7 @@ from kvstore.local_socket import LocalSocket
 from kvstore.metrics import Metrics
 from kvstore.names import SECRET_BYTES
 from kvstore.node import Node
+from kvstore.peers.peers import Peers
 from kvstore.policy.policies import make_policy
 from kvstore.runner import Runner, ThreadRunner
 from kvstore.servicer import Servicer, serve
@@ -59,7 +61,7 @@ from kvstore.tenants import Tenants
 from kvstore.tier_codec import TierCodec
 from kvstore.tiers.beside import Beside
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.guarded import Guarded
+from kvstore.tiers.guarded import QUEUE_BYTES, Guarded
 from kvstore.tiers.measured import Measured
 from kvstore.tiers.memory import Memory
 from kvstore.tiers.redis import RedisTier
@@ -111,8 +113,10 @@ class NodeServer:
         self._closers: list[Callable[[], Any]] = []
         self._local: LocalSocket | None = None
         self._bulk: BulkListener | None = None
+        self._directory: Directory | None = None
+        self.peers: Peers | None = None
         self._identity: Identity | None = None
-        self.endpoint = f"{settings.server.listen.rpartition(':')[0]}:{port}"
+        self.endpoint = _endpoint(settings, port)
         self.metrics_endpoint = ""
         self.hangs = False
         """After `stop`: whether threads were left behind, which would hold up the process's end."""
@@ -137,7 +141,9 @@ class NodeServer:
             maximum_concurrent_rpcs=settings.server.max_concurrent_calls,
         )
         identity = _identity(settings.server)
+        trust = _trust(settings.peers)
         port = _listen(grpc_server, settings.server.listen, identity)
+        directory = _directory(settings, port, clock)
         runner = ThreadRunner(settings.disk.threads)
         digester = ThreadRunner(DIGEST_THREADS)
         let_go: list[Callable[[], None]] = []
@@ -155,11 +161,19 @@ class NodeServer:
                 end()
             raise
         leased_bytes = int(settings.memory.capacity_bytes * settings.leases.memory_fraction)
-        node_id = settings.cluster.node_id or f"{socket.gethostname()}-{port}"
+        peers: Peers | None = None
+        beyond: Guarded | None = None
+        if settings.peers.enabled:
+            assert directory is not None
+            peers = Peers(
+                settings.peers, secret, trust, directory, memory, disk, spaces, clock, metrics
+            )
+            beyond = _guarded(wrap(peers.tier), settings.peers, clock, metrics)
+            guards.append(beyond)
         node = Node(
-            node_id=node_id,
+            node_id=_node_id(settings, port),
             secret=secret,
-            tiers=Tiered(memory, slow, metrics, digester),
+            tiers=Tiered(memory, slow, metrics, digester, beyond),
             leases=LeaseTable(leased_bytes),
             max_lease_s=settings.leases.max_lease_s,
             events=events,
@@ -174,6 +188,7 @@ class NodeServer:
         health_servicer = Health(settings.server.max_watchers)
         server = cls(settings, node, calls, grpc_server, health_servicer, runner, let_go, port)
         server._identity = identity
+        server._directory, server.peers = directory, peers
         server._closers.append(lambda: digester.close(CLOSE_S / 2))
         try:
             await server._serve(tenants)
@@ -183,12 +198,7 @@ class NodeServer:
         return server
 
     async def _serve(self, tenants: Tenants) -> None:
-        settings = self._settings
-        directory = None
-        if settings.redis.directory_url:
-            client = _redis(settings.redis.directory_url, settings.redis.timeout_s)
-            directory = Directory(client, self.node.clock, self.node.node_id, self.endpoint)
-            self._closers.append(directory.close)
+        settings, directory = self._settings, self._directory
         servicer = Servicer(
             self.node,
             self.calls,
@@ -199,11 +209,19 @@ class NodeServer:
             connect=await self._offer_bulk(),
         )
         serve(servicer, self._grpc)
+        if self.peers is not None:
+            if self._bulk is None:
+                raise ConfigError("peers.enabled: there is no port for the bulk path, see above")
+            self.peers.serve(self.node, self.calls, self._bulk, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         if settings.server.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._grpc)
         await self._grpc.start()
+        if directory is not None:
+            directory.start()
+        if self.peers is not None:
+            self.peers.start()
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         if settings.server.metrics_listen:
@@ -286,6 +304,10 @@ class NodeServer:
             stack.push_async_callback(self._close_runner)
             for close in self._closers:
                 stack.push_async_callback(_finish, close)
+            if self._directory is not None:
+                stack.push_async_callback(self._directory.close)
+            if self.peers is not None:
+                stack.push_async_callback(self.peers.close)
             stack.push_async_callback(self._close_node, end_s)
             if self._local is not None:
                 stack.push_async_callback(self._local.close)
@@ -299,6 +321,8 @@ class NodeServer:
         self.node.draining = True
         self.calls.drain()
         self.node.events.publish(Draining())
+        if self.peers is not None:
+            await self.peers.leave()
         stopping = asyncio.create_task(self._grpc.stop(grace_s))
         if not await self.calls.finished(0.4 * grace_s):
             self.calls.end()
@@ -365,14 +389,19 @@ def _memory(settings: MemorySettings, clock: Clock) -> Memory:
 
 
 def _guarded(
-    tier: Tier, settings: RedisSettings | DiskSettings, clock: Clock, metrics: Metrics
+    tier: Tier,
+    settings: RedisSettings | DiskSettings | PeersSettings,
+    clock: Clock,
+    metrics: Metrics,
 ) -> Guarded:
+    queue_bytes = settings.inflight_bytes if isinstance(settings, PeersSettings) else QUEUE_BYTES
     return Guarded(
         Measured(tier, clock, metrics),
         lookup_timeout_s=settings.lookup_timeout_s,
         timeout_s=settings.timeout_s,
         clock=clock,
         metrics=metrics,
+        queue_bytes=queue_bytes,
     )
 
 
@@ -474,6 +503,26 @@ def _redis(url: str, timeout_s: float) -> Redis:
     return Redis.from_pool(pool)
 
 
+def _node_id(settings: Settings, port: int) -> str:
+    return settings.cluster.node_id or f"{socket.gethostname()}-{port}"
+
+
+def _directory(settings: Settings, port: int, clock: Clock) -> Directory | None:
+    """Where nodes find each other, if they do; not started yet."""
+    if not settings.redis.directory_url:
+        return None
+    own = Neighbour(
+        _node_id(settings, port),
+        settings.cluster.advertised_endpoint or _endpoint(settings, port),
+        secrets.token_hex(8) if settings.peers.enabled else "",
+    )
+    return Directory(_redis(settings.redis.directory_url, settings.redis.timeout_s), clock, own)
+
+
+def _endpoint(settings: Settings, port: int) -> str:
+    return f"{settings.server.listen.rpartition(':')[0]}:{port}"
+
+
 def _tenants(settings: Settings) -> Tenants:
     path = settings.auth.tokens_file
     return Tenants.from_file(path) if path is not None else Tenants()
@@ -555,6 +604,16 @@ def _identity(settings: ServerSettings) -> Identity | None:
             f"server.tls_certificate_file: {certificate_file}: no certificate (PEM) that belongs "
             f"to the key in server.tls_key_file: {key_file}"
         ) from None
+
+
+def _trust(settings: PeersSettings) -> Trust | None:
+    """Whom this node believes to be its peers, where TLS is on."""
+    if settings.tls_ca_file is None:
+        return None
+    try:
+        return Trust.read(settings.tls_ca_file)
+    except ValueError as error:
+        raise ConfigError(f"peers.{error}") from None
 
 
 def _listen(server: grpc.aio.Server, listen: str, identity: Identity | None) -> int:

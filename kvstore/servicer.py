@@ -230,7 +230,7 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                 leased_bytes=self._node.leases.leased_bytes,
                 spaces=len(self._node.spaces),
                 counters=self._node.metrics.samples(),
-                nodes=[pb.NodeStatus(node_id=n, endpoint=e) for n, e in nodes],
+                nodes=[pb.NodeStatus(node_id=n.node_id, endpoint=n.endpoint) for n in nodes],
             )
         return reply
 

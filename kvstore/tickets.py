@@ -17,6 +17,8 @@ class Ticket(NamedTuple):
     peer: str
     """The connection over which it was asked for."""
     expires_s: float
+    is_peer: bool = False
+    """Whether it opens a connection for another node, and for nobody else."""
 
 
 class Tickets:
@@ -27,14 +29,14 @@ class Tickets:
         self._clock = clock
         self._given: dict[bytes, Ticket] = {}
 
-    def give(self, authorization: str | None, peer: str) -> bytes:
+    def give(self, authorization: str | None, peer: str, *, is_peer: bool = False) -> bytes:
         """A new one. Raises ResourceExhausted while too many have not been shown."""
         now_s = self._clock.monotonic_s()
         self._given = {t: known for t, known in self._given.items() if known.expires_s > now_s}
         if len(self._given) >= MAX_TICKETS:
             raise ResourceExhausted(f"{MAX_TICKETS} tickets were given and have not been shown")
         shown = secrets.token_bytes(TICKET_BYTES)
-        self._given[shown] = Ticket(authorization, peer, now_s + self.good_s)
+        self._given[shown] = Ticket(authorization, peer, now_s + self.good_s, is_peer)
         return shown
 
     def take(self, shown: bytes) -> Ticket | None:

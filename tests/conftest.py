@@ -27,7 +27,7 @@ NODE_TESTS = (
     "replay_command", "replay_files", "replay_optimum", "plan", "calls", "digests",
     "shared_memory", "client_stream", "in_place", "policy_runs",
     "codecs", "codec_choice", "lossy", "tier_codec", "codec_figures",
-    "bulk", "tls", "examples",
+    "bulk", "tls", "peers", "examples",
     "vllm_connector", "vllm_faults", "vllm_parts", "vllm_certainty", "vllm_tier", "sglang",
     "transformers", "transformers_faults", "transformers_refusals", "transformers_identity",
     "transformers_adapters", "transformers_modules", "transformers_sessions",

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from kvstore.api.asking import host_of
 from kvstore.api.bulk import CHUNK_BYTES, GREETING, WELCOME, BulkSocket, Hangup, Parcel
 from kvstore.api.digest import DIGEST_BYTES
 from kvstore.api.errors import ConfigError, KvstoreError, ResourceExhausted
@@ -24,7 +25,6 @@ from kvstore.server import NodeServer
 from kvstore.tenants import token_hash
 from kvstore_client import AsyncClient, Client, Space
 from kvstore_client.budgets import Deadline
-from kvstore_client.bulk_connection import host_of
 from tests.sim.blocks import keys_of
 from tests.sim.nodes import (
     PATIENT,
@@ -139,10 +139,10 @@ def dial(server: NodeServer, shown: bytes) -> tuple[socket.socket, bytes]:
 
 @asynccontextmanager
 async def talk(
-    server: NodeServer, authorization: str | None = None, peer: str = "test"
+    server: NodeServer, authorization: str | None = None, peer: str = "test", ticket: bytes = b""
 ) -> AsyncIterator[Talk]:
     """A connection that the node has let in."""
-    ticket = bulk(server).invite(authorization, peer).ticket
+    ticket = ticket or bulk(server).invite(authorization, peer).ticket
     connection, answer = await asyncio.to_thread(dial, server, GREETING + ticket)
     assert answer == WELCOME
     wire = BulkSocket(connection)

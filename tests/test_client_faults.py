@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from kvstore.api.channel import open_channel
 from kvstore.api.clock import SystemClock
 from kvstore.api.errors import (
     KvstoreError,
@@ -19,7 +20,6 @@ from kvstore.api.v1.kvstore_pb2_grpc import add_KVStoreServicer_to_server
 from kvstore_client import AsyncClient, Match, Space
 from kvstore_client.budgets import Deadline
 from kvstore_client.caller import Caller
-from kvstore_client.channel import open_channel
 from tests.client_rig import (
     BLOCK_BYTES,
     PATIENT,

@@ -119,6 +119,12 @@ BAD: dict[tuple[str, str], list[str]] = {
     ("bulk", "enabled"): ["perhaps"],
     ("bulk", "listen"): ["7071", "localhost", "localhost:x", "localhost:65536"],
     ("bulk", "max_connections"): ["0", "4097", "x"],
+    ("cluster", "advertised_endpoint"): ["7070", "host", "host:0", "host:65536"],
+    ("peers", "enabled"): ["perhaps"],
+    ("peers", "lookup_timeout_s"): ["0", "61"],
+    ("peers", "timeout_s"): ["0", "nan", "61"],
+    ("peers", "inflight_bytes"): ["1 MiB", "x"],
+    ("peers", "announced_blocks"): ["0", "x", "16777217"],
 }
 PATHS = {
     ("auth", "tokens_file"),
@@ -127,6 +133,7 @@ PATHS = {
     ("shared_memory", "directory"),
     ("server", "tls_certificate_file"),
     ("server", "tls_key_file"),
+    ("peers", "tls_ca_file"),
 }
 PERIODS = {name for name in NAMES if name[0] == "disk" and name[1].endswith("_after_s")}
 BAD |= {name: ["0", "-1", "86401"] for name in PERIODS}
@@ -261,6 +268,52 @@ def test_what_others_are_told_must_be_an_address(tmp_path: Path) -> None:
         ("redis", "directory_url"): "redis://localhost",
     }
     assert "server.listen: other nodes cannot reach 0.0.0.0:7070" in complaint(flags)
+
+
+def test_a_node_that_listens_everywhere_may_say_where_it_is_reached(tmp_path: Path) -> None:
+    """At an address of another machine that leads to it, say; everywhere is no such address."""
+    flags = {
+        ("server", "listen"): "0.0.0.0:7070",
+        ("auth", "tokens_file"): str(tmp_path / "tokens.toml"),
+        ("redis", "directory_url"): "redis://localhost",
+        ("cluster", "advertised_endpoint"): "store-1.example:7070",
+    }
+    settings = load_settings(None, {}, flags)
+    assert settings.cluster.advertised_endpoint == "store-1.example:7070"
+    flags["cluster", "advertised_endpoint"] = "[::]:7070"
+    assert "other nodes cannot reach [::]:7070" in complaint(flags)
+
+
+PEERS = {
+    ("peers", "enabled"): "true",
+    ("redis", "directory_url"): "redis://localhost",
+    ("cluster", "secret_file"): "secret",
+}
+
+
+@pytest.mark.parametrize(
+    ("lacking", "value"),
+    [
+        (("redis", "directory_url"), ""),
+        (("cluster", "secret_file"), ""),
+        (("bulk", "enabled"), "false"),
+    ],
+    ids=str,
+)
+def test_peers_take_what_they_find_each_other_by(lacking: tuple[str, str], value: str) -> None:
+    """Without it a node would be alone, and nobody would be told."""
+    assert load_settings(None, {}, PEERS).peers.enabled
+    message = complaint(PEERS | {lacking: value})
+    assert f"peers.enabled: {'.'.join(lacking)} is needed as well" in message
+
+
+def test_peers_have_tls_as_their_nodes_have() -> None:
+    """A node with TLS has to say whom it trusts; one without trusts nobody by certificates."""
+    tls = {("server", "tls_certificate_file"): "cert", ("server", "tls_key_file"): "key"}
+    trust = {("peers", "tls_ca_file"): "ca"}
+    assert load_settings(None, {}, PEERS | tls | trust).peers.tls_ca_file == Path("ca")
+    for flags in (PEERS | tls, PEERS | trust):
+        assert "peers.tls_ca_file: goes with server.tls_certificate_file" in complaint(flags)
 
 
 def test_settings_do_not_change() -> None:

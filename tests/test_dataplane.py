@@ -18,7 +18,17 @@ from benchmarks.dataplane.command import main
 from benchmarks.dataplane.measure import LEAST_SAMPLES, best_knob, measure_cell, why_not
 from benchmarks.dataplane.memcpy import Memcpy
 from benchmarks.dataplane.mover import Mover
-from benchmarks.dataplane.plan import FLOORS, GOALS, MATCH, OPS, PATHS, Cell, Plan, usual_rotation
+from benchmarks.dataplane.plan import (
+    ALL_PATHS,
+    FLOORS,
+    GOALS,
+    MATCH,
+    OPS,
+    PATHS,
+    Cell,
+    Plan,
+    usual_rotation,
+)
 from benchmarks.dataplane.report import as_dict, table, warning
 from benchmarks.dataplane.ring import Ring
 from benchmarks.dataplane.row import row_of
@@ -46,8 +56,10 @@ def test_a_small_run_has_a_row_for_every_cell(tmp_path: Path) -> None:
     """All paths, both operations, each with its floor; what this version has not says so."""
     result, picture = tmp_path / "rows.json", tmp_path / "rows.png"
     ran = CliRunner().invoke(
-        main, [*SMALL, "--home", str(tmp_path), "--json", str(result), "--png", str(picture)]
-    )
+        main,
+        [*SMALL, "--paths", ",".join(ALL_PATHS), "--home", str(tmp_path), "--json", str(result),
+         "--png", str(picture)],
+    )  # fmt: skip
     assert ran.exit_code == 0, ran.output
     written = json.loads(result.read_text())
     assert written["machine"]
@@ -55,6 +67,7 @@ def test_a_small_run_has_a_row_for_every_cell(tmp_path: Path) -> None:
     rows = [row for row in written["rows"] if row["op"] != MATCH]
     found = [(row["path"], row["op"], row["batch"], row["clients"]) for row in rows]
     wanted = [(p, op, b, c) for p in PATHS for op in OPS for b in (1, 4) for c in (1, 2)]
+    wanted += [("peer", "get", b, c) for b in (1, 4) for c in (1, 2)]
     assert sorted(found) == sorted(wanted)
     for row in rows:
         check_moving(row)
@@ -62,7 +75,7 @@ def test_a_small_run_has_a_row_for_every_cell(tmp_path: Path) -> None:
     assert (match["path"], match["batch"], match["gb_per_s"]) == ("grpc", 20, None)
     assert match["ratio_to_floor"] == pytest.approx(match["p50_ms"] / match["floor_p50_ms"])
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert all(path in ran.output for path in PATHS)
+    assert all(path in ran.output for path in ALL_PATHS)
     assert {file.name for file in tmp_path.iterdir()} == {"rows.json", "rows.png"}
 
 
@@ -165,7 +178,8 @@ def test_only_what_the_goals_speak_of_has_one() -> None:
     assert {c.path: c.goal for c in cells if c.batch == 32} == GOALS
     assert {c.goal for c in cells if c.batch == 1} == {None}
     assert [c.goal for c in plan.match_cells()] == [4.0]
-    assert set(FLOORS) == set(GOALS) == set(PATHS)
+    assert set(GOALS) == set(PATHS)
+    assert set(FLOORS) == set(ALL_PATHS)
     assert plan.ring_blocks(2 * MIB) == 32
 
 

@@ -22,6 +22,7 @@ from tests.sim.blocks import (
     load_all,
     present,
 )
+from tests.sim.borrowed import Borrowed
 from tests.sim.faulty import Faulty
 from tests.sim.nodes import BLOCK_BYTES, Nodes, descriptor_of
 from tests.sim.rig import Rig
@@ -114,6 +115,11 @@ async def whole_path(shop: Workshop) -> Tier:
     return Tiered(shop.rig.memory(FEW_SLOTS), Beside(redis, disk), shop.rig.metrics)
 
 
+async def peers(shop: Workshop) -> Tier:
+    """Stored at one node, and asked of another."""
+    return await Borrowed.from_nodes(shop.nodes(), shop.home, shop.redis_url())
+
+
 DESCRIPTORS = [descriptor_of(numerics="mine"), descriptor_of(numerics="theirs")]
 
 
@@ -129,6 +135,7 @@ async def remote(shop: Workshop) -> Tier:
 CASES: list[Callable[[Workshop], Awaitable[Tier]]] = [
     memory, redis_raw, redis_pipelines, redis_lz4, disk_raw, disk_lz4, disk_real, guarded, faulty,
     beside, beside_reversed, tiered_alone, tiered_disk, tiered_redis, whole_path, remote,
+    peers,
 ]  # fmt: skip
 
 

@@ -97,7 +97,7 @@ Examples:
 )
 @click.option(
     "--paths", type=Names(), default=",".join(PATHS), show_default=True, metavar="LIST",
-    help="Which of our paths, each beside its floor.",
+    help="Which of our paths, each beside its floor; peer, from node to node, only if named.",
 )  # fmt: skip
 @click.option(
     "--block-bytes", type=Amounts(PAGE_BYTES, MOST_BLOCK_BYTES, PAGE_BYTES), metavar="LIST",

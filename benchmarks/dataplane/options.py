@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from benchmarks.dataplane.plan import PATHS
+from benchmarks.dataplane.plan import ALL_PATHS
 
 _UNITS = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "b": 1}
 
@@ -18,14 +18,14 @@ class Names(click.ParamType[tuple[str, ...]]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        """The names in the order of `PATHS`, each once."""
+        """The names in the order of `ALL_PATHS`, each once."""
         if isinstance(value, tuple):
             return value
         names = {part.strip() for part in value.split(",")}
-        unknown = names - set(PATHS)
+        unknown = names - set(ALL_PATHS)
         if unknown:
-            self.fail(f"{sorted(unknown)[0]!r} is not one of {', '.join(PATHS)}", param, ctx)
-        return tuple(name for name in PATHS if name in names)
+            self.fail(f"{sorted(unknown)[0]!r} is not one of {', '.join(ALL_PATHS)}", param, ctx)
+        return tuple(name for name in ALL_PATHS if name in names)
 
 
 class Amounts(click.ParamType[tuple[int, ...]]):

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PATHS = ("shm", "bulk", "grpc", "disk", "redis")
+MORE_PATHS = ("peer",)
+"""That are measured when they are named. Nothing is put there."""
+ALL_PATHS = PATHS + MORE_PATHS
 OPS = ("put", "get")
 MATCH = "match"
 """The one operation that moves no bytes; its floor is a call that does nothing."""
@@ -16,6 +19,7 @@ FLOORS = {
     "grpc": "bare_grpc",
     "disk": "raw_file",
     "redis": "raw_resp",
+    "peer": "raw_socket",
 }
 TITLES = {
     "memcpy": "memcpy",
@@ -68,7 +72,7 @@ class Cell:
         if self.op == MATCH:
             return MATCH_GOALS.get(self.batch)
         asked = self.block_bytes in GOAL_BLOCK_BYTES and self.batch == GOAL_BATCH
-        return GOALS[self.path] if asked else None
+        return GOALS.get(self.path) if asked else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ class Plan:
         return [
             Cell(path, op, block_bytes, batch, clients)
             for path in self.paths
-            for op in OPS
+            for op in (OPS if path in PATHS else ("get",))
             for batch in sorted(self.batches, reverse=True)
             for clients in sorted(self.clients)
         ]

@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.dataplane.plan import MATCH, OPS, PATHS
+from benchmarks.dataplane.plan import ALL_PATHS, MATCH, OPS
 from benchmarks.dataplane.row import Row
 
-_COLORS = dict(zip(PATHS, ("C0", "C1", "C2", "C3", "C4"), strict=True))
+_COLORS = dict(zip(ALL_PATHS, ("C0", "C1", "C2", "C3", "C4", "C5"), strict=True))
 _BAR_WIDTH = 0.7
 LEAST_PANEL, BAR_ROOM = 5.0, 0.55
 """How wide a panel is at least, and for each bar: inches."""
@@ -67,7 +67,7 @@ def table(machine: str, rows: Sequence[Row], note: str = "") -> Table:
 
 def _order(row: Row) -> tuple[int, int, int, int, int]:
     op = (*OPS, MATCH).index(row.op)
-    return PATHS.index(row.path), op, row.block_bytes, row.batch, row.clients
+    return ALL_PATHS.index(row.path), op, row.block_bytes, row.batch, row.clients
 
 
 def _caption(machine: str, rows: Sequence[Row], note: str) -> str:
@@ -120,7 +120,7 @@ def draw(machine: str, rows: Sequence[Row], file: Path, note: str = "") -> None:
 
 
 def _draw_panel(axes: Any, rows: Sequence[Row]) -> None:
-    ordered = sorted(rows, key=lambda row: (PATHS.index(row.path), row.block_bytes))
+    ordered = sorted(rows, key=lambda row: (ALL_PATHS.index(row.path), row.block_bytes))
     for place, row in enumerate(ordered):
         top = max(row.gb_per_s or 0.0, row.floor or 0.0)
         axes.bar(place, row.gb_per_s or 0.0, _BAR_WIDTH, color=_COLORS[row.path])

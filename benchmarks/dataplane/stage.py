@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +14,7 @@ from typing import Any, Self
 from benchmarks.dataplane.child import Child, cpu_s
 from benchmarks.dataplane.sampler import Sample
 from benchmarks.dataplane.ways import IN_ONE_PROCESS, SERVERS
+from kvstore.names import SECRET_BYTES
 from kvstore_workers.redis_server import RedisServer
 
 START_S = 60.0
@@ -28,6 +31,14 @@ NODE_FLAGS = {
     "--disk-enabled": "false",
     "--leases-memory-fraction": "0.9",
     "--log-level": "warning",
+}
+
+
+NO_FLAGS: Mapping[str, str] = {}
+PEER_FLAGS = {
+    "--peers-enabled": "true",
+    "--peers-lookup-timeout-s": "60",
+    "--peers-timeout-s": "60",
 }
 
 
@@ -119,24 +130,34 @@ class Stage:
             self._pids["redis"] = redis.pid
             where["redis_url"] = redis.url
         if "node" in self._wanted:
-            where["endpoint"] = self._node(Path(files)).hear(START_S)["endpoint"]
+            where["endpoint"] = self._node("node", Path(files)).hear(START_S)["endpoint"]
+        if "lender" in self._wanted:
+            secret_file = Path(files) / "secret"
+            secret_file.write_bytes(secrets.token_bytes(SECRET_BYTES))
+            where["secret_file"] = str(secret_file)
+            flags = PEER_FLAGS | {
+                "--redis-directory-url": where["redis_url"],
+                "--cluster-secret-file": where["secret_file"],
+            }
+            where["lender"] = self._node("lender", Path(files), flags).hear(START_S)["endpoint"]
         for owner in range(self._clients):
             arguments = [owner, self._block_bytes, self._ring_blocks, json.dumps(where)]
             mover = Child("benchmarks.dataplane.mover", *map(str, arguments))
             self._movers.append(self._exits.enter_context(mover))
 
-    def _node(self, files: Path) -> Child:
+    def _node(self, name: str, files: Path, more: Mapping[str, str] = NO_FLAGS) -> Child:
         """A node that keeps all blocks of all clients in memory, and nothing elsewhere."""
         ring_bytes = self._ring_blocks * self._block_bytes
         # A quarter more than the blocks: slabs are cut into whole slots.
         slabs = -(-self._clients * ring_bytes * 5 // (4 * SLAB_BYTES)) + 2
         flags = NODE_FLAGS | {
-            "--disk-path": str(files / "node"),
+            "--disk-path": str(files / name),
             "--memory-capacity-bytes": str(slabs * SLAB_BYTES),
             "--memory-slab-bytes": str(SLAB_BYTES),
+            **more,
         }
         words = [word for flag in flags.items() for word in flag]
-        return self._child("node", "kvstore", "serve", "--supervised", *words)
+        return self._child(name, "kvstore", "serve", "--supervised", *words)
 
     def _child(self, name: str, module: str, *arguments: str) -> Child:
         child = self._exits.enter_context(Child(module, *arguments))

@@ -42,9 +42,9 @@ class ThroughClient:
     def __init__(self, ring: Ring, client: AsyncClient, space: Space, path: str) -> None:
         self._ring = ring
         self._client = client
-        self._space = space
+        self.space = self._space = space
         self._path = path
-        self._keys = [
+        self.keys = self._keys = [
             hashlib.sha256(space.space_id + place.to_bytes(8, "little")).digest()
             for place in range(ring.blocks)
         ]

@@ -16,7 +16,7 @@ KNOBS = {
 SERVERS: Mapping[str, tuple[str, ...]] = {
     "memcpy": (), "raw_socket": ("floors",), "bare_grpc": ("floors",), "raw_file": (),
     "raw_resp": ("redis",), "shm": ("node",), "bulk": ("node",), "grpc": ("node",), "disk": (),
-    "redis": ("redis",),
+    "redis": ("redis",), "peer": ("lender", "redis"),
 }  # fmt: skip
 """The processes beside the client whose time counts."""
 IN_ONE_PROCESS = {"disk", "raw_file"}
@@ -71,6 +71,10 @@ async def open_way(name: str, ring: Ring, owner: int, where: Mapping[str, Any]) 
         from benchmarks.dataplane.through_redis import ThroughRedis
 
         return ThroughRedis(ring, owner, where["redis_url"])
+    if name == "peer":
+        from benchmarks.dataplane.through_peers import ThroughPeers
+
+        return await ThroughPeers.open(ring, owner, where)
     if name in FLOORS:
         from benchmarks.dataplane.through_client import ThroughClient
 

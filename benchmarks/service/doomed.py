@@ -13,8 +13,8 @@ import sys
 from typing import NoReturn
 
 from benchmarks.service.unfinished import OPERATIONS, Unfinished
+from kvstore.api.channel import open_channel
 from kvstore.api.v1.kvstore_pb2_grpc import KVStoreStub
-from kvstore_client.channel import open_channel
 
 LIFE_S = 60
 """At most, should nobody come to end it."""

@@ -9,6 +9,7 @@ from functools import partial
 
 import grpc
 
+from kvstore.api.asking import Nonsense, host_of
 from kvstore.api.bulk import BulkSocket, Hangup, undisturbed
 from kvstore.api.clock import Clock
 from kvstore.api.errors import KvstoreError
@@ -17,8 +18,7 @@ from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client import bulk_transfers
 from kvstore_client.arrivals import Arrivals
 from kvstore_client.budgets import Deadline
-from kvstore_client.bulk_connection import connect, host_of
-from kvstore_client.bulk_transfers import Nonsense
+from kvstore_client.bulk_connection import connect
 from kvstore_client.caller import Caller
 from kvstore_client.losses import describe
 from kvstore_client.pieces import Outgoing

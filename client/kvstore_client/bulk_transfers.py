@@ -5,21 +5,13 @@ Bytes go straight from and to the caller's buffers.
 
 from collections.abc import Callable, Sequence
 
-import grpc
-from google.protobuf.message import DecodeError
-
-from kvstore.api.bulk import BulkSocket, Hangup, Parcel
-from kvstore.api.errors import KvstoreError, from_status
+from kvstore.api.asking import Nonsense, hear, receive_windows
+from kvstore.api.bulk import BulkSocket, Parcel
+from kvstore.api.errors import KvstoreError
 from kvstore.api.tier import Loaded
 from kvstore.api.v1 import kvstore_pb2 as pb
 from kvstore_client.arrivals import Arrivals
 from kvstore_client.pieces import Outgoing, check_indexes
-
-_STATUS = {status.value[0]: status for status in grpc.StatusCode}
-
-
-class Nonsense(Exception):
-    """When the node said on a connection what no honest node says there."""
 
 
 def fetch(
@@ -30,32 +22,14 @@ def fetch(
 ) -> int:
     """Receives the blocks of a read into their buffers; how many came damaged.
 
-    `here` hears of each that is complete and good, also when this raises in the end: Hangup or
-    Nonsense where the connection is of no further use, and KvstoreError as the node refuses, after
-    which it is.
+    As `receive_windows` in all else.
     """
-    wire.send_message(request.SerializeToString())
-    space_id, keys = request.read.request.space_id, arrivals.keys
-    index, is_last, damaged = 0, False, 0
-    while not is_last:
-        window = _hear(wire, "window").window
-        places = range(index, index + len(window.blocks))
-        if places.stop > len(keys):
-            raise Nonsense(f"window: {places.stop} blocks for {len(keys)} keys")
-        coming = [
-            (place, block.tier) for place, block in zip(places, window.blocks, strict=True)
-            if block.here
-        ]  # fmt: skip
-        parcels = [Parcel(space_id, keys[place], arrivals.buffers[place]) for place, _ in coming]
-        for (place, tier), digest in zip(coming, wire.receive_blocks(parcels), strict=True):
-            if digest:
-                here(place, Loaded(tier, digest))
-            else:
-                damaged += 1
-        index, is_last = places.stop, window.last
-        if not places and not is_last:
-            raise Nonsense("window: it is empty, and not the last one")
-    return damaged
+    space_id = request.read.request.space_id
+    parcels = [
+        Parcel(space_id, key, buffer)
+        for key, buffer in zip(arrivals.keys, arrivals.buffers, strict=True)
+    ]
+    return len(receive_windows(wire, request, parcels, here).damaged)
 
 
 def place(wire: BulkSocket, request: pb.BulkRequest, run: Outgoing, held: list[bool]) -> int:
@@ -65,7 +39,7 @@ def place(wire: BulkSocket, request: pb.BulkRequest, run: Outgoing, held: list[b
     raises, as `fetch` does.
     """
     wire.send_message(request.SerializeToString())
-    wanted = _hear(wire, "offer").offer.wanted
+    wanted = hear(wire, "offer").offer.wanted
     _take_held(held, sorted(set(range(len(held))) - set(_checked(wanted, held, "offer.wanted"))))
     wire.send_blocks(
         Parcel(
@@ -74,7 +48,7 @@ def place(wire: BulkSocket, request: pb.BulkRequest, run: Outgoing, held: list[b
         )
         for index in wanted
     )  # fmt: skip
-    _take_held(held, _checked(_hear(wire, "done").done.held, held, "done.held"))
+    _take_held(held, _checked(hear(wire, "done").done.held, held, "done.held"))
     return sum(held)
 
 
@@ -90,21 +64,3 @@ def _take_held(held: list[bool], indexes: Sequence[int]) -> None:
     held[:] = [False] * len(held)
     for index in indexes:
         held[index] = True
-
-
-def _hear(wire: BulkSocket, field: str) -> pb.BulkReply:
-    try:
-        reply = pb.BulkReply.FromString(wire.receive_message())
-    except DecodeError:
-        raise Nonsense("a message that cannot be read") from None
-    except KvstoreError as error:
-        raise Nonsense(str(error)) from None
-    if reply.status:
-        status = _STATUS.get(reply.status, grpc.StatusCode.UNKNOWN)
-        raise from_status(status, reply.details)
-    if not reply.HasField(field):  # type: ignore[arg-type]
-        raise Nonsense(f"the {field} that was due has not come")
-    return reply
-
-
-__all__ = ["Hangup", "Nonsense", "fetch", "place"]

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar, overload
 
 import grpc
 
+from kvstore.api.channel import open_channel
 from kvstore.api.clock import Clock
 from kvstore.api.errors import Unavailable
 from kvstore.api.hint import ReuseHint
@@ -23,7 +24,6 @@ from kvstore_client.arena import ArenaMemory
 from kvstore_client.arguments import Blocks, Buffers
 from kvstore_client.async_client import AsyncClient
 from kvstore_client.budgets import Budgets
-from kvstore_client.channel import open_channel
 from kvstore_client.in_place import EmptySlot, GivenBlock, ReadInPlace, WriteInPlace
 from kvstore_client.leading import OnLoaded
 from kvstore_client.loop_thread import LoopThread

@@ -8,6 +8,7 @@ from typing import Self
 
 import grpc
 
+from kvstore.api.channel import open_channel
 from kvstore.api.clock import Clock, SystemClock
 from kvstore.api.errors import KvstoreError
 from kvstore.api.space import SpaceDescriptor
@@ -18,7 +19,6 @@ from kvstore_client.arguments import check_keys
 from kvstore_client.budgets import Budgets, Deadline
 from kvstore_client.bulk import Bulk
 from kvstore_client.caller import Caller
-from kvstore_client.channel import open_channel
 from kvstore_client.neighbour import Neighbour
 from kvstore_client.space import Space
 from kvstore_client.watch import Watch

@@ -31,33 +31,43 @@ class Beside:
         return [a or b for a, b in zip(first, second, strict=True)]
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
-        answers = await self._first.load(loads)
-        missing = [
-            index
-            for index, (load, answer) in enumerate(zip(loads, answers, strict=True))
-            if answer is None and not (load.keeper is not None and load.keeper.held)
-        ]
-        if missing:
-            late = await self._second.load([loads[index] for index in missing])
-            for index, answer in zip(missing, late, strict=True):
-                answers[index] = answer
-        return answers
+        return await load_in_turn(self._first, self._second, loads)
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
         first, second = await asyncio.gather(self._first.store(blocks), self._second.store(blocks))
         return [a or b for a, b in zip(first, second, strict=True)]
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
-        return sum(await _both(self._first.discard(refs), self._second.discard(refs)))
+        return await forgotten(self._first.discard(refs), self._second.discard(refs))
 
     async def clear(self, namespace: bytes) -> int:
-        return sum(await _both(self._first.clear(namespace), self._second.clear(namespace)))
+        return await forgotten(self._first.clear(namespace), self._second.clear(namespace))
 
     def usage(self) -> list[Usage]:
         return [*self._first.usage(), *self._second.usage()]
 
     async def close(self) -> None:
         await _both(self._first.close(), self._second.close())
+
+
+async def load_in_turn(first: Tier, second: Tier, loads: Sequence[Load]) -> list[Loaded | None]:
+    """What `first` delivers, and of the rest what `second` does, but see `Beside`."""
+    answers = await first.load(loads)
+    missing = [
+        index
+        for index, (load, answer) in enumerate(zip(loads, answers, strict=True))
+        if answer is None and not (load.keeper is not None and load.keeper.held)
+    ]
+    if missing:
+        late = await second.load([loads[index] for index in missing])
+        for index, answer in zip(missing, late, strict=True):
+            answers[index] = answer
+    return answers
+
+
+async def forgotten(first: Awaitable[int], second: Awaitable[int]) -> int:
+    """How many copies two tiers forget. Raises as soon as both have ended, if one failed."""
+    return sum(await _both(first, second))
 
 
 async def _both(first: Awaitable[T], second: Awaitable[T]) -> tuple[T, T]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvstore.api.clock import Clock
 from kvstore.api.errors import TierError
-from kvstore.api.tier import Block, BlockRef, Load, Loaded, Usage
+from kvstore.api.tier import Block, BlockRef, Keeper, Load, Loaded, Usage
 from kvstore.codec import Codec
 from kvstore.files import Files
 from kvstore.metrics import Metrics
@@ -109,6 +109,11 @@ class DiskTier:
         tier._syncer = asyncio.create_task(tier._sync_when_due(sync_after_s))
         return tier
 
+    @property
+    def index(self) -> DiskIndex:
+        """Which blocks are here, by name."""
+        return self._index
+
     async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
         return [self.name if self._find(ref) is not None else None for ref in refs]
 
@@ -123,6 +128,33 @@ class DiskTier:
         if errors and not any(isinstance(answer, Loaded) for answer in answers):
             raise TierError(f"disk: {errors[0]}")
         return [answer if isinstance(answer, Loaded) else None for answer in answers]
+
+    def has(self, name: bytes, size: int) -> bool:
+        """Whether the block of this name is here, and of this length."""
+        entry = self._find_named(name)
+        return entry is not None and entry.block_bytes == size
+
+    async def read_named(
+        self, name: bytes, into: memoryview, keeper: Keeper | None = None
+    ) -> bytes | None:
+        """As `load`, of a block whose name is all that is known of it; its writer's digest.
+
+        Raises OSError if the device cannot read it.
+        """
+        entry = self._find_named(name)
+        if entry is None or entry.block_bytes != len(into):
+            return None
+        digest: bytes | None = None
+        place: tuple[int, int] | None = None
+        # A block that was written forward while its load waited is read where it lies now.
+        while digest is None and self._find_named(name) is entry:
+            if place == (entry.segment_id, entry.page):
+                return None
+            place = entry.segment_id, entry.page
+            digest = await self._reader.load(entry, into, keeper)
+        if digest is not None:
+            entry.used = True
+        return digest
 
     async def store(self, blocks: Sequence[Block]) -> list[bool]:
         fresh = [block for block in self._rooted(blocks) if self._find(block.ref) is None]
@@ -146,6 +178,11 @@ class DiskTier:
 
     async def clear(self, namespace: bytes) -> int:
         return await self._writer.forget_namespace(namespace_tag(namespace))
+
+    async def forget_named(self, names: Sequence[bytes], tag: bytes = b"") -> int:
+        """As `discard`, and as `clear` of the namespace with a tag, if one is given."""
+        copies = await self._writer.forget_blocks(names) if names else 0
+        return copies + (await self._writer.forget_namespace(tag) if tag else 0)
 
     def usage(self) -> list[Usage]:
         used = self._segments.used_bytes
@@ -190,31 +227,21 @@ class DiskTier:
         self._segments.check()
 
     def _find(self, ref: BlockRef) -> Entry | None:
-        entry = self._index.find(block_name(ref))
+        return self._find_named(block_name(ref))
+
+    def _find_named(self, name: bytes) -> Entry | None:
+        entry = self._index.find(name)
         if entry is not None and 0 < entry.expires_s <= self._clock.wall_s():
             self._index.remove([entry.name])
             return None
         return entry
 
     async def _load(self, load: Load) -> Loaded | OSError | None:
-        entry = self._find(load.ref)
-        if entry is None or entry.block_bytes != len(load.into):
-            return None
-        digest: bytes | None = None
-        place: tuple[int, int] | None = None
-        # A block that was written forward while its load waited is read where it lies now.
-        while digest is None and self._find(load.ref) is entry:
-            if place == (entry.segment_id, entry.page):
-                return None
-            place = entry.segment_id, entry.page
-            try:
-                digest = await self._reader.load(entry, load)
-            except OSError as error:
-                return error
-        if digest is None:
-            return None
-        entry.used = True
-        return Loaded(self.name, digest)
+        try:
+            digest = await self.read_named(block_name(load.ref), load.into, load.keeper)
+        except OSError as error:
+            return error
+        return Loaded(self.name, digest) if digest is not None else None
 
     def _drop_foreign(self, loads: Sequence[Load]) -> None:
         """Forgets what has another length than is asked: its name says the length, so it lies."""

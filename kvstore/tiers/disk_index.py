@@ -5,7 +5,7 @@ because without their beginning nobody can use them.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from kvstore.files import PAGE_BYTES
 from kvstore.record import Kind
@@ -64,6 +64,8 @@ class DiskIndex:
         self._heads: dict[bytes, set[Entry]] = {}
         """Under each tag the entries whose parent is none of that tag; the others descend."""
         self.block_bytes = 0
+        self.on_change: Callable[[bytes], None] | None = None
+        """Hears the name of each block that has come or left."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -87,6 +89,8 @@ class DiskIndex:
             self._heads.setdefault(entry.tag, set()).add(entry)
         self._segments.setdefault(found.segment_id, []).append(entry)
         self.block_bytes += found.block_bytes
+        if self.on_change is not None:
+            self.on_change(found.name)
 
     def move_back(self, entry: Entry, segment_id: int, page: int) -> None:
         """Gives a block that was written forward, if it is still here, its former place again."""
@@ -114,6 +118,12 @@ class DiskIndex:
         entry.leave()
         entry.segment_id = _NOWHERE
         self.block_bytes -= entry.block_bytes
+        if self.on_change is not None:
+            self.on_change(entry.name)
+
+    def names(self) -> list[bytes]:
+        """The names of all blocks."""
+        return list(self._entries)
 
     def of_namespace(self, tag: bytes) -> list[bytes]:
         """Names under one tag from which all others of it descend."""

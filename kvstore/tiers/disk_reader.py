@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from kvstore.api.tier import Keeper, Load
+from kvstore.api.tier import Keeper
 from kvstore.codec import CodecId
 from kvstore.files import PAGE_BYTES, begins_on_a_page
 from kvstore.gate import Abandoned, Gate
 from kvstore.metrics import Metrics
-from kvstore.names import block_name
 from kvstore.record import HEADER_BYTES, Damaged, Header, check_payload, decode_block
 from kvstore.runner import Runner
 from kvstore.staging import Staging
@@ -55,18 +54,18 @@ class DiskReader:
         self.damaged = 0
         """How many blocks were found damaged, and dropped."""
 
-    async def load(self, entry: Entry, load: Load) -> bytes | None:
+    async def load(self, entry: Entry, into: memoryview, keeper: Keeper | None) -> bytes | None:
         """Fills the buffer with a block of its length; as `read` in all else.
 
         Straight from the file where the block is stored as it is, and the buffer begins on a page
         and has a keeper. With a keeper the thread may write to it behind its caller's back.
         """
-        name, into = block_name(load.ref), load.into
-        if load.keeper is not None and entry.stored_bytes == len(into) and begins_on_a_page(into):
+        name = entry.name
+        if keeper is not None and entry.stored_bytes == len(into) and begins_on_a_page(into):
             fill_straight = partial(self._fill, _place_of(entry), name, into)
-            return await self._judged(entry, fill_straight, load.keeper)
-        if load.keeper is not None:
-            return await self.read(entry, partial(_decode, name, into), load.keeper)
+            return await self._judged(entry, fill_straight, keeper)
+        if keeper is not None:
+            return await self.read(entry, partial(_decode, name, into), keeper)
         gate = Gate()
 
         def fill(header: Header, payload: memoryview) -> bytes:

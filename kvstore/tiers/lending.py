@@ -90,10 +90,10 @@ class Lending:
 
     async def discard(self, refs: Sequence[BlockRef]) -> int:
         gone = set(refs)
-        return await self._forget(self._inner.discard(refs), lambda ref: ref in gone)
+        return await self.forget(self._inner.discard(refs), lambda ref: ref in gone)
 
     async def clear(self, namespace: bytes) -> int:
-        return await self._forget(
+        return await self.forget(
             self._inner.clear(namespace), lambda ref: ref.namespace == namespace
         )
 
@@ -154,9 +154,8 @@ class Lending:
             lent = self._kept.pop(ref, None)
             self.kept_bytes -= len(lent.view) if lent is not None else 0
 
-    async def _forget(
-        self, forgetting: Awaitable[int], concerns: Callable[[BlockRef], bool]
-    ) -> int:
+    async def forget(self, forgetting: Awaitable[int], concerns: Callable[[BlockRef], bool]) -> int:
+        """What `forgetting` answers; what it concerns is not lent any more."""
         try:
             return await forgetting
         finally:

@@ -5,7 +5,7 @@ unpin, coldest → evict. It decides and never waits. The asynchronous half make
 alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import cast
@@ -69,6 +69,8 @@ class Memory:
         """The slots of each slab."""
         self._policy = Deferred(policy)
         self.clock = clock
+        self.on_change: Callable[[BlockRef], None] | None = None
+        """Hears of each block that has come or left."""
 
     @property
     def capacity_bytes(self) -> int:
@@ -159,6 +161,8 @@ class Memory:
         self._index[slot.ref] = slot
         self._relate(slot)
         self._policy.insert(slot.ref, slot.parent, self._slabs.slot_bytes(slot.size))
+        if self.on_change is not None:
+            self.on_change(slot.ref)
         return slot
 
     def abort(self, slot: Slot) -> None:
@@ -224,6 +228,8 @@ class Memory:
         self._unindexed.add(slot)
         if not slot.pins:
             self._free(slot)
+        if self.on_change is not None:
+            self.on_change(slot.ref)
 
     def forget(self, slots: Iterable[Slot]) -> int:
         """Evicts blocks and all that descends from them; how many there were."""
@@ -276,6 +282,10 @@ class Memory:
     def awaited(self) -> list[BlockRef]:
         """The parents that are not here of blocks that are."""
         return list(self._orphans)
+
+    def refs(self) -> list[BlockRef]:
+        """What all findable blocks are called, in no order."""
+        return list(self._index)
 
     def slots(self) -> list[Slot]:
         """All findable slots, the one to evict first at the front."""

@@ -14,6 +14,7 @@ from kvstore.held import HeldSlot
 from kvstore.metrics import Metrics
 from kvstore.policy.policy import Use
 from kvstore.runner import Runner
+from kvstore.tiers.beyond import Beyond
 from kvstore.tiers.digests import Digests
 from kvstore.tiers.lending import Lending, Lent
 from kvstore.tiers.memory import Memory, Slot
@@ -41,6 +42,10 @@ class Acquired(NamedTuple):
 class Tiered:
     """`memory` over `slow`; without `slow`, what memory evicts is gone.
 
+    What `peers` hold is found, read and promoted like what lies in `slow`. But nothing is written
+    to them; what they have is wanted here all the same, and nothing is taken from a writer whose
+    parent only they have: they may forget it, and this node's own tiers would have a gap.
+
     One promotion per block however many ask: later callers wait for the first one's.
 
     What is being forgotten is neither demoted nor promoted until it is, so that it cannot turn up
@@ -50,12 +55,21 @@ class Tiered:
     name = "tiered"
 
     def __init__(
-        self, memory: Memory, slow: Tier | None, metrics: Metrics, runner: Runner | None = None
+        self,
+        memory: Memory,
+        slow: Tier | None,
+        metrics: Metrics,
+        runner: Runner | None = None,
+        peers: Tier | None = None,
     ) -> None:
         self.memory = memory
         self.digests = Digests(memory, runner)
         keep_bytes = min(memory.capacity_bytes // 16, BATCH_BYTES)
-        self._slow = Lending(slow, metrics, keep_bytes=keep_bytes) if slow is not None else None
+        self._own = slow
+        """What is written to, and closed under ancestors."""
+        below = Beyond(slow, peers) if slow is not None and peers is not None else slow or peers
+        self._slow = Lending(below, metrics, keep_bytes=keep_bytes) if below is not None else None
+        """What is read from."""
         self._metrics = metrics
         self._promoting: dict[BlockRef, asyncio.Task[dict[BlockRef, Acquired]]] = {}
         self._going_below: dict[asyncio.Future[None], list[BlockRef]] = {}
@@ -65,16 +79,14 @@ class Tiered:
         self._demote_bytes = min(max(1, memory.capacity_bytes // 16), BATCH_BYTES)
 
     async def locate(self, refs: Sequence[BlockRef]) -> list[str | None]:
-        places: list[str | None] = await self.memory.locate(refs)
-        missing = [index for index, place in enumerate(places) if place is None]
-        if missing and self._slow is not None:
-            below = await self._slow.locate([refs[index] for index in missing])
-            for index, place in zip(missing, below, strict=True):
-                places[index] = place
-        return places
+        return await self._locate(refs, self._slow)
+
+    async def locate_own(self, refs: Sequence[BlockRef]) -> list[str | None]:
+        """As `locate`, without what only peers hold: nobody may build on that."""
+        return await self._locate(refs, self._own)
 
     async def wants(self, refs: Sequence[BlockRef]) -> list[bool]:
-        return [place is None for place in await self.locate(refs)]
+        return [place is None for place in await self.locate_own(refs)]
 
     async def load(self, loads: Sequence[Load]) -> list[Loaded | None]:
         """Fills the buffers without promoting: that needs the chain, see `acquire`."""
@@ -133,7 +145,7 @@ class Tiered:
         async with self._making_room:
             while (slot := self.memory.reserve(ref, size)) is None:
                 victims = self.memory.coldest(
-                    size, self._demote_bytes, parents=self._slow is not None
+                    size, self._demote_bytes, parents=self._own is not None
                 )
                 if not victims and await self.digests.catch_up():
                     continue  # They were pinned for their digests.
@@ -200,9 +212,24 @@ class Tiered:
         for block in acquired:
             self.memory.unpin(block.slot)
 
+    async def forget_here(
+        self, find: Callable[[], Sequence[BlockRef]], below: Callable[[], Awaitable[int]],
+        concerns: Concerns,
+    ) -> int:  # fmt: skip
+        """Forgets blocks for a peer, who has others asked for himself; how many copies there were.
+
+        `find` says which of them lie in memory, `below` forgets them on disk.
+        """
+        return await self._forget_both(
+            lambda: self.memory.discard(find()),
+            lambda: self._slow.forget(below(), concerns) if self._slow is not None else below(),
+            concerns,
+            lambda ref: True,
+        )
+
     async def flush(self) -> None:
         """Writes everything that only memory has to the slower tier; memory keeps its copies."""
-        if self._slow is not None:
+        if self._own is not None:
             await self._write_below([slot for slot in self.memory.slots() if slot.indexed])
 
     async def _forget(
@@ -211,27 +238,55 @@ class Tiered:
         concerns: Concerns,
         namespaces: set[bytes],
     ) -> int:
+        slow = self._slow
+        return await self._forget_both(
+            lambda: forget(self.memory),
+            (lambda: forget(slow)) if slow is not None else None,
+            concerns,
+            lambda ref: ref.namespace in namespaces,
+        )
+
+    async def _forget_both(
+        self,
+        above: Callable[[], Awaitable[int]],
+        below: Callable[[], Awaitable[int]] | None,
+        concerns: Concerns,
+        is_near: Concerns,
+    ) -> int:
         """Forgets above and below, also what is between the two at that moment."""
         with self.oblivion.forgetting(concerns):
-            copies = await forget(self.memory)
-            if self._slow is None:
+            copies = await above()
+            if below is None:
                 return copies
             try:
                 await self._wait_below(concerns)
-                copies += await forget(self._slow)
+                copies += await below()
             finally:
-                copies += await forget(self.memory)  # What has been written meanwhile.
-            return copies + await self._forget_stranded(namespaces)
+                copies += await above()  # What has been written meanwhile.
+            return copies + await self._forget_stranded(is_near)
 
-    async def _forget_stranded(self, namespaces: set[bytes]) -> int:
-        """Forgets what waits in memory for a parent that was below, and went with its own."""
-        awaited = [ref for ref in self.memory.awaited() if ref.namespace in namespaces]
+    async def _forget_stranded(self, is_near: Concerns) -> int:
+        """Forgets what waits in memory for a parent that was below, and went with its own.
+
+        `is_near` says of which blocks that may be so: of those of the same namespace.
+        """
+        awaited = [ref for ref in self.memory.awaited() if is_near(ref)]
         if not awaited or self._slow is None:
             return 0
         places = await self._slow.locate(awaited)
         return self.memory.forget_waiting(
             ref for ref, place in zip(awaited, places, strict=True) if place is None
         )
+
+    async def _locate(self, refs: Sequence[BlockRef], below: Tier | None) -> list[str | None]:
+        """The tier in which each block lies: memory, or what is below of it."""
+        places: list[str | None] = await self.memory.locate(refs)
+        missing = [index for index, place in enumerate(places) if place is None]
+        if missing and below is not None:
+            found = await below.locate([refs[index] for index in missing])
+            for index, place in zip(missing, found, strict=True):
+                places[index] = place
+        return places
 
     async def _wait_below(self, concerns: Concerns) -> None:
         """Returns when nothing of this is on its way below, where it would arrive too late."""
@@ -319,7 +374,7 @@ class Tiered:
             self.memory.pin(slot)
         held: set[BlockRef] = set()
         try:
-            if self._slow is not None:
+            if self._own is not None:
                 held = await self._write_below(victims)
         finally:
             for slot in victims:
@@ -335,10 +390,10 @@ class Tiered:
 
     async def _write_below(self, slots: Sequence[Slot]) -> set[BlockRef]:
         """Stores slots and the ancestors that are missing below; the refs that lie there now."""
-        assert self._slow is not None
+        assert self._own is not None
         family = [self.memory.pin(slot) for slot in self._with_ancestors(slots)]
         try:
-            wanted = await self._slow.wants([slot.ref for slot in family])
+            wanted = await self._own.wants([slot.ref for slot in family])
             held = {slot.ref for slot, want in zip(family, wanted, strict=True) if not want}
             missing = [slot for slot, want in zip(family, wanted, strict=True) if want]
             for batch in _batches(missing):
@@ -350,7 +405,7 @@ class Tiered:
 
     async def _store_below(self, slots: Sequence[Slot]) -> set[BlockRef]:
         """Stores what nobody has forgotten, or is forgetting; the refs that were taken."""
-        assert self._slow is not None
+        assert self._own is not None
         kept = [slot for slot in slots if slot.indexed and not self.oblivion.concerns(slot.ref)]
         if not kept:
             return set()
@@ -367,7 +422,7 @@ class Tiered:
         over = asyncio.get_running_loop().create_future()
         self._going_below[over] = refs
         try:
-            taken = await self._slow.store(blocks)
+            taken = await self._own.store(blocks)
         finally:
             del self._going_below[over]
             over.set_result(None)

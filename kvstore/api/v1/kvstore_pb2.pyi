@@ -1473,12 +1473,100 @@ class ConnectReply(_message.Message):
 Global___ConnectReply: _TypeAlias = ConnectReply  # noqa: Y015
 
 @_typing.final
+class PeerConnectRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    """16–64 bytes, new each time"""
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerConnectRequest: _TypeAlias = PeerConnectRequest  # noqa: Y015
+
+@_typing.final
+class PeerConnectReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVITATION_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    proof: _builtins.bytes
+    """32 bytes: that this node has the secret, from nonce and ticket"""
+    @_builtins.property
+    def invitation(self) -> Global___ConnectReply: ...
+    def __init__(
+        self,
+        *,
+        invitation: Global___ConnectReply | None = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["invitation", b"invitation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invitation", b"invitation", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerConnectReply: _TypeAlias = PeerConnectReply  # noqa: Y015
+
+@_typing.final
+class PeerForgetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    names: _builtins.bytes
+    """of blocks: 32 bytes each, at most 65,536"""
+    tag: _builtins.bytes
+    """of a namespace all of whose blocks shall go: 16 bytes; empty:"""
+    def __init__(
+        self,
+        *,
+        names: _builtins.bytes = ...,
+        tag: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerForgetRequest: _TypeAlias = PeerForgetRequest  # noqa: Y015
+
+@_typing.final
+class PeerForgetReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORGOTTEN_BLOCKS_FIELD_NUMBER: _builtins.int
+    forgotten_blocks: _builtins.int
+    """copies counted per tier"""
+    def __init__(
+        self,
+        *,
+        forgotten_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forgotten_blocks", b"forgotten_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerForgetReply: _TypeAlias = PeerForgetReply  # noqa: Y015
+
+@_typing.final
 class BulkRequest(_message.Message):
     """What is said on a bulk connection, each message behind its length (4 bytes, little endian). One
     call follows the other. The bytes of blocks stand between the messages, each block as long as
     its space says and followed by its digest (16 bytes, as in BlockHeader).
       write → offer, blocks in the order of the offer →, done
-      read → window, its blocks; …; the last window, its blocks
+      read, peer_read → window, its blocks; …; the last window, its blocks
     Instead of an offer or of the first window there may be a status. Who wants less than he asked
     for closes the connection.
     """
@@ -1488,24 +1576,30 @@ class BulkRequest(_message.Message):
     BUDGET_MS_FIELD_NUMBER: _builtins.int
     WRITE_FIELD_NUMBER: _builtins.int
     READ_FIELD_NUMBER: _builtins.int
+    PEER_READ_FIELD_NUMBER: _builtins.int
     budget_ms: _builtins.int
     """how long the caller waits; 0: as long as the node allows"""
     @_builtins.property
     def write(self) -> Global___WriteBegin: ...
     @_builtins.property
     def read(self) -> Global___BulkRead: ...
+    @_builtins.property
+    def peer_read(self) -> Global___PeerRead:
+        """of a node that was invited as a peer, which sends only these"""
+
     def __init__(
         self,
         *,
         budget_ms: _builtins.int = ...,
         write: Global___WriteBegin | None = ...,
         read: Global___BulkRead | None = ...,
+        peer_read: Global___PeerRead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "read", b"read", "write", b"write"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "peer_read", b"peer_read", "read", b"read", "write", b"write"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_ms", b"budget_ms", "call", b"call", "read", b"read", "write", b"write"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_ms", b"budget_ms", "call", b"call", "peer_read", b"peer_read", "read", b"read", "write", b"write"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["write", "read"]  # noqa: Y015
+    _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["write", "read", "peer_read"]  # noqa: Y015
     _WhichOneofArgType_call: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_call) -> _WhichOneofReturnType_call | None: ...
 
@@ -1534,6 +1628,37 @@ class BulkRead(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BulkRead: _TypeAlias = BulkRead  # noqa: Y015
+
+@_typing.final
+class PeerRead(_message.Message):
+    """Of what this node has itself, in memory or on its disk. Each block's length is the asker's word:
+    one of another length is missing. Where time runs out the last window comes early, and nothing is
+    said of the blocks behind it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    names: _builtins.bytes
+    """32 bytes each, 1–4,096"""
+    @_builtins.property
+    def block_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of each"""
+
+    def __init__(
+        self,
+        *,
+        names: _builtins.bytes = ...,
+        block_bytes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerRead: _TypeAlias = PeerRead  # noqa: Y015
 
 @_typing.final
 class BulkReply(_message.Message):

@@ -670,3 +670,129 @@ class KVStore(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class PeerStub(object):
+    """What the nodes of a cluster say to each other; no tenant's token opens it. A node shows what it
+    derives from the cluster's secret and from whom it calls (`authorization: Peer <64 hex digits>`,
+    kvstore.peers.credential), and knows blocks by their names: HMAC(namespace, key).
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Connect = channel.unary_unary(
+                '/kvstore.v1.Peer/Connect',
+                request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerConnectRequest.SerializeToString,
+                response_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerConnectReply.FromString,
+                _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/kvstore.v1.Peer/Forget',
+                request_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerForgetRequest.SerializeToString,
+                response_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerForgetReply.FromString,
+                _registered_method=True)
+
+
+class PeerServicer(object):
+    """What the nodes of a cluster say to each other; no tenant's token opens it. A node shows what it
+    derives from the cluster's secret and from whom it calls (`authorization: Peer <64 hex digits>`,
+    kvstore.peers.credential), and knows blocks by their names: HMAC(namespace, key).
+    """
+
+    def Connect(self, request, context):
+        """Invites a node to the bulk path, where it may send PeerReads and nothing else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Forget(self, request, context):
+        """Forgets blocks in this node's memory and on its disk. It asks no other node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PeerServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Connect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Connect,
+                    request_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerConnectRequest.FromString,
+                    response_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerConnectReply.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerForgetRequest.FromString,
+                    response_serializer=kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerForgetReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kvstore.v1.Peer', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kvstore.v1.Peer', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Peer(object):
+    """What the nodes of a cluster say to each other; no tenant's token opens it. A node shows what it
+    derives from the cluster's secret and from whom it calls (`authorization: Peer <64 hex digits>`,
+    kvstore.peers.credential), and knows blocks by their names: HMAC(namespace, key).
+    """
+
+    @staticmethod
+    def Connect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Peer/Connect',
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerConnectRequest.SerializeToString,
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerConnectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Peer/Forget',
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerForgetRequest.SerializeToString,
+            kvstore_dot_api_dot_v1_dot_kvstore__pb2.PeerForgetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -227,3 +227,55 @@ class KVStoreServicer(metaclass=_abc_1.ABCMeta):
         """Reads every block on the node's disk once and drops what is damaged; reports as it goes."""
 
 def add_KVStoreServicer_to_server(servicer: KVStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class PeerStub:
+    """What the nodes of a cluster say to each other; no tenant's token opens it. A node shows what it
+    derives from the cluster's secret and from whom it calls (`authorization: Peer <64 hex digits>`,
+    kvstore.peers.credential), and knows blocks by their names: HMAC(namespace, key).
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> PeerAsyncStub: ...
+    Connect: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.PeerConnectRequest, _kvstore_pb2.PeerConnectReply]
+    """Invites a node to the bulk path, where it may send PeerReads and nothing else."""
+    Forget: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.PeerForgetRequest, _kvstore_pb2.PeerForgetReply]
+    """Forgets blocks in this node's memory and on its disk. It asks no other node."""
+
+@_typing.type_check_only
+class PeerAsyncStub(PeerStub):
+    """What the nodes of a cluster say to each other; no tenant's token opens it. A node shows what it
+    derives from the cluster's secret and from whom it calls (`authorization: Peer <64 hex digits>`,
+    kvstore.peers.credential), and knows blocks by their names: HMAC(namespace, key).
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Connect: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.PeerConnectRequest, _kvstore_pb2.PeerConnectReply]  # type: ignore[assignment]
+    """Invites a node to the bulk path, where it may send PeerReads and nothing else."""
+    Forget: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.PeerForgetRequest, _kvstore_pb2.PeerForgetReply]  # type: ignore[assignment]
+    """Forgets blocks in this node's memory and on its disk. It asks no other node."""
+
+class PeerServicer(metaclass=_abc_1.ABCMeta):
+    """What the nodes of a cluster say to each other; no tenant's token opens it. A node shows what it
+    derives from the cluster's secret and from whom it calls (`authorization: Peer <64 hex digits>`,
+    kvstore.peers.credential), and knows blocks by their names: HMAC(namespace, key).
+    """
+
+    @_abc_1.abstractmethod
+    def Connect(
+        self,
+        request: _kvstore_pb2.PeerConnectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.PeerConnectReply, _abc.Awaitable[_kvstore_pb2.PeerConnectReply]]:
+        """Invites a node to the bulk path, where it may send PeerReads and nothing else."""
+
+    @_abc_1.abstractmethod
+    def Forget(
+        self,
+        request: _kvstore_pb2.PeerForgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvstore_pb2.PeerForgetReply, _abc.Awaitable[_kvstore_pb2.PeerForgetReply]]:
+        """Forgets blocks in this node's memory and on its disk. It asks no other node."""
+
+def add_PeerServicer_to_server(servicer: PeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

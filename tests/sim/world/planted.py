@@ -161,13 +161,13 @@ BUGS = (
     ),
     _bug(
         "discard forgets in memory alone",
-        (f"{_TIERED}._forget", "copies += await forget(self._slow)", "pass"),
+        (f"{_TIERED}._forget_both", "copies += await below()", "pass"),
         quick=True,
     ),
     _bug(
         "discard overlooks what is being promoted",
         (f"{_TIERED}._commit_promoted", "or want.ref in watch.lost", ""),
-        (f"{_TIERED}._forget", "copies += await forget(self.memory)", "pass"),
+        (f"{_TIERED}._forget_both", "copies += await above()", "pass"),
         (f"{_TIERED}.acquire", "and not self.oblivion.concerns(want.ref)", ""),
     ),
     _bug(
