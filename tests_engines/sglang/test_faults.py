@@ -135,7 +135,7 @@ def test_a_flipped_bit_in_the_nodes_memory_is_a_miss(
         wait_until(has_arena(near))
         before = store(near, pool)
         assert load(near, pool) == before
-        arena = near._client.arena
+        arena = near._client.arena.memory
         at = bytes(arena).index(before[2])
         arena[at + 777] ^= 1
         if shared_memory:
