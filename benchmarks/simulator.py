@@ -15,7 +15,7 @@ from tests.sim.world.planted import BUGS, Bug, planted
 from tests.sim.world.world import Outcome, run
 
 LOG_LINES = 40
-BUG_SEEDS: dict[Size, int] = {"test": 0, "short": 150, "long": 2000}
+BUG_SEEDS: dict[Size, int] = {"test": 0, "short": 25, "long": 2000}
 """In so many histories a planted bug must show; only the long form has time for all of them."""
 REPORTED = 3
 

@@ -128,7 +128,6 @@ BUGS = (
     _bug(
         "promotion is not single flight",
         (f"{_TIERED}.acquire", "and want.ref not in self._promoting", ""),
-        quick=True,
     ),
     _bug(
         "a load that failed counts as a hit",
