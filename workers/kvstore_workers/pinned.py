@@ -57,6 +57,10 @@ class PinnedArenas:
                 self._ask_locked(owner, arena)
             return arena is not None and _same(arena, self._pinned.get(owner))
 
+    def settle(self) -> None:
+        """Returns when all that was asked for until now is done, or refused."""
+        self._thread.submit(lambda: None).result()
+
     def close(self) -> None:
         """Lets go of all of them. Idempotent."""
         self._closing.set()

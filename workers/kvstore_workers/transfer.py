@@ -95,6 +95,11 @@ class Copier:
         """How many owners' arenas the GPU copies from and to by itself now."""
         return len(self._arenas) if self._arenas is not None else 0
 
+    def settle(self) -> None:
+        """Returns when the arenas that were asked about until now are pinned, or refused."""
+        if self._arenas is not None:
+            self._arenas.settle()
+
     def close(self) -> None:
         """Lets go of all arenas. Nothing may be copied any more. Idempotent."""
         if self._arenas is not None:
