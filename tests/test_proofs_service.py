@@ -108,13 +108,19 @@ def test_a_redis_that_fails_fails_no_call(seed: int) -> None:
 
 
 def test_a_missing_deadline_is_caught(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: look-ups wait as long as Redis likes."""
+    """Planted: look-ups wait as long as the client of Redis does, and that waits twice as long.
+
+    With its right timeout alone that client bounds what the node forgot to.
+    """
     honest: Callable[..., Any] = Guarded._answer
 
     async def patient(self: Guarded, call: Any, miss: Any, timeout_s: float, *breakers: Any) -> Any:
         return await honest(self, call, miss, 60.0, *breakers)
 
     monkeypatch.setattr(Guarded, "_answer", patient)
+    monkeypatch.setattr(redis_faults, "BATCH_S", 2 * redis_faults.BATCH_S)
+    # Long enough for a late answer to come while it is still judged.
+    monkeypatch.setitem(redis_faults.STAYS_S, "test", 4 * redis_faults.BATCH_S)
     failed, beyond, _, _ = run(redis_faults.PROOF, seed, trials=1)
     assert failed.ok, "late is not failed"
     assert beyond.ok is False
