@@ -3,9 +3,11 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from kvstore.api.errors import Unavailable
 from kvstore.api.keys import chain_keys, root_key
 from kvstore.api.space import SpaceDescriptor
 from kvstore_client import Space
+from kvstore_client.in_place import EmptySlot, GivenBlock
 from kvstore_workers.layout import KVLayout
-from kvstore_workers.transfer import Copier
+from kvstore_workers.transfer import Copier, Copies, one_ahead
 from kvstore_workers.vram import VramPool, choose_device
 
 LAYERS = {256 << 10: 2, 2 << 20: 16, 16 << 20: 128}
@@ -119,21 +122,27 @@ class Rotation:
         held: list[bool] = [False] * len(batch)
         parent = self._keys[batch.start - 1] if batch.start else b""
         keys = self._keys[batch.start : batch.stop]
-        for slots in self._client.write_in_place(
-            self._space, keys, held, parent_key=parent, budget_s=PATIENCE_S
-        ):
+        steps = self._client.write_in_place(
+            self._space, keys, held, parent_key=parent, budget_s=PATIENCE_S, trailing=True
+        )
+
+        def begin(slots: Sequence[EmptySlot]) -> Copies:
             blocks = [batch[slot.place] for slot in slots]
-            self._copier.to_host(blocks, [slot.view for slot in slots], after=None)
+            return self._copier.begin_to_host(blocks, [slot.view for slot in slots], after=None)
+
+        deque(one_ahead(steps, begin), maxlen=0)
         if not all(held):
             raise Unavailable(f"the node took {sum(held)} of {len(held)} blocks")
 
     def _get(self, batch: range) -> None:
-        came = 0
-        keys = self._keys[batch.start : batch.stop]
-        for given in self._client.read_in_place(self._space, keys, budget_s=PATIENCE_S):
-            blocks = batch[came : came + len(given)]
-            self._copier.to_device([block.view for block in given], blocks, after=None)
-            came += len(given)
+        keys, places = self._keys[batch.start : batch.stop], iter(batch)
+        steps = self._client.read_in_place(self._space, keys, budget_s=PATIENCE_S, trailing=True)
+
+        def begin(given: Sequence[GivenBlock]) -> Copies:
+            blocks = list(islice(places, len(given)))
+            return self._copier.begin_to_device([block.view for block in given], blocks, after=None)
+
+        came = sum(map(len, one_ahead(steps, begin)))
         if came < len(batch):
             raise Unavailable(f"{came} of {len(batch)} blocks came")
 

@@ -1,10 +1,11 @@
 """Callers who copy blocks from and to the node's arena themselves."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+import itertools
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -24,6 +25,8 @@ from tests.sim.nodes import (
     store,
 )
 from tests.sim.rig import quiet
+
+Given = TypeVar("Given", EmptySlot, GivenBlock)
 
 BLOCKS = 40
 NOWHERE = keys_of("nowhere", 1)
@@ -51,6 +54,13 @@ async def reading(client: AsyncClient, space: Space, keys: list[bytes]) -> ReadI
     read = await client.read_in_place(space, keys)
     assert read is not None
     return read
+
+
+async def given_by(step: Awaitable[list[Given] | None]) -> list[Given]:
+    """What a step gives that is not the last."""
+    given = await step
+    assert given is not None
+    return given
 
 
 def fill(space: Space, keys: list[bytes], slots: list[EmptySlot]) -> None:
@@ -107,11 +117,11 @@ async def test_slots_that_nobody_filled_are_not_committed(nodes: Nodes) -> None:
     client, space = await attach(nodes, server)
     keys = keys_of("chat", BLOCKS)
     write = await writing(client, space, keys, [False] * BLOCKS)
-    slots = await write.step()
+    slots = await given_by(write.step())
     assert 0 < len(slots) < BLOCKS
     fill(space, keys, slots)
     await cancelled(write.step())
-    assert await write.step() == []
+    assert await write.step() is None
     await load(client, space, keys)  # Compares each block that comes.
     await check_idle(server)
 
@@ -136,11 +146,11 @@ async def test_half_of_large_slots_are_committed_while_the_other_half_is_filled(
             slot.view[:] = bytes([slot.place]) * len(slot.view)
     assert (sizes, held) == ([5, 5], [True] * 10)
     read = await reading(client, space, keys)
-    seen = [block.view[-1] for given in [await read.step(), await read.step()] for block in given]
+    seen = [block.view[-1] for _ in range(2) for block in await given_by(read.step())]
     assert seen == list(range(10))[: len(seen)]
     others = keys_of("others", 4)
     write = await writing(client, space, others, [False] * 4)
-    [slot, *_] = await write.step()
+    [slot, *_] = await given_by(write.step())
     slot.view[:] = bytes(4 << 20)
     await write.end()
     assert await client.locate(space, others) == [None] * 4
@@ -157,9 +167,9 @@ async def test_a_read_is_over_when_a_step_is_cancelled(nodes: Nodes) -> None:
     assert server._local is not None
     server._local._room.client_bytes = 8 * 8192 * 2
     read = await reading(client, space, keys)
-    assert 0 < len(await read.step()) < BLOCKS
+    assert 0 < len(await given_by(read.step())) < BLOCKS
     await cancelled(read.step())
-    assert await read.step() == []
+    assert await read.step() is None
     await load(client, space, NOWHERE)
     await check_idle(server)
 
@@ -186,11 +196,11 @@ async def test_slots_are_given_for_what_the_node_lacks(nodes: Nodes) -> None:
     await store(client, space, keys[:5])
     held = [False] * 8
     write = await writing(client, space, keys, held)
-    slots = await write.step()
+    slots = await given_by(write.step())
     assert [slot.place for slot in slots] == [5, 6, 7]
     assert held == [True] * 5 + [False] * 3
     fill(space, keys, slots)
-    assert await write.step() == []
+    assert await write.step() is None
     assert held == [True] * 8
     await idle(server, client, space)
 
@@ -202,7 +212,7 @@ async def test_a_write_that_ends_early_leaves_what_was_committed(nodes: Nodes) -
     keys = keys_of("chat", 8)
     held = [False] * 8
     write = await writing(client, space, keys, held)
-    fill(space, keys, (await write.step())[:3])
+    fill(space, keys, (await given_by(write.step()))[:3])
     await write.end()
     await write.end()
     await idle(server, client, space)
@@ -242,7 +252,7 @@ async def test_blocks_that_are_given_can_only_be_read(nodes: Nodes) -> None:
     keys = keys_of("chat", 1)
     await store(client, space, keys)
     read = await reading(client, space, keys)
-    [block] = await read.step()
+    [block] = await given_by(read.step())
     with pytest.raises(TypeError):
         block.view[0] = 0
     await read.end()
@@ -255,10 +265,10 @@ async def test_a_node_that_hangs_up_ends_a_write_without_an_error(nodes: Nodes) 
     keys = keys_of("chat", 4)
     held = [False] * 4
     write = await writing(client, space, keys, held)
-    fill(space, keys, await write.step())
+    fill(space, keys, await given_by(write.step()))
     assert server._local is not None
     await server._local.close()
-    assert await write.step() == []
+    assert await write.step() is None
     assert held == [False] * 4
     assert client.counters["store_failed"] == 1
 
@@ -284,6 +294,130 @@ async def test_without_an_arena_there_is_nothing_to_write_to(nodes: Nodes) -> No
     assert await client.read_in_place(space, keys) is None
     with pytest.raises(ValueError, match="held: one for each key"):
         await client.write_in_place(space, keys, [])
+
+
+# Copies that run by themselves, while the next step is asked for.
+
+
+async def flood(client: AsyncClient, space: Space, turn: list[int]) -> None:
+    """Whatever nobody holds is evicted, and its slots are written to."""
+    turn.append(len(turn))
+    assert all(await store(client, space, keys_of(f"flood {turn[-1]}", 200)))
+
+
+async def test_what_a_trailing_read_gives_stays_until_the_step_after_the_next(
+    nodes: Nodes,
+) -> None:
+    """Also the last window, without a lease: the end is announced by a step that gives nothing."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys, turn = keys_of("chat", BLOCKS), list[int]()
+    await store(client, space, keys)
+    assert server._local is not None
+    share_bytes = server.node.tiers.memory.share_bytes(space.block_bytes)
+    lease = await client.match([space], keys)
+    read = await client.read_in_place(space, keys, lease=lease, trailing=True)
+    assert read is not None
+    places, before, sizes = iter(keys), list[tuple[bytes, GivenBlock]](), list[int]()
+    while (given := await read.step()) is not None:
+        sizes.append(len(given))
+        now = list(zip(itertools.islice(places, len(given)), given, strict=True))
+        assert await read_all(client, space, NOWHERE) == []  # It has heard what was asked ahead.
+        assert server._local._room.held_bytes >= share_bytes * len(before + now)
+        if sum(sizes) == BLOCKS:
+            await client.release(lease)
+            await flood(client, space, turn)
+        for key, block in before + now:
+            assert bytes(block.view) == expected(space, key)
+        before = now
+    assert len(sizes) > 3
+    assert sizes[-1] == 0
+    assert len(turn) == 2
+    assert read.ended
+    await idle(server, client, space)
+
+
+async def test_a_trailing_read_goes_on_when_what_is_copied_has_all_the_room(nodes: Nodes) -> None:
+    """A step without blocks says so: the one after it lets go of them."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", BLOCKS)
+    await store(client, space, keys)
+    assert server._local is not None
+    read = await client.read_in_place(space, keys, trailing=True)
+    assert read is not None
+    server._local._room.capacity_bytes = 16 * 8192
+    sizes = []
+    while (given := await read.step()) is not None:
+        sizes.append(len(given))
+    assert sum(sizes) == BLOCKS
+    assert 0 in sizes[:-1]
+    server._local._room.capacity_bytes = 1 << 20
+    await idle(server, client, space)
+
+
+async def test_what_a_trailing_write_gives_is_committed_by_the_step_after_the_next(
+    nodes: Nodes,
+) -> None:
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys, held, turn = keys_of("chat", BLOCKS), [False] * BLOCKS, list[int]()
+    write = await client.write_in_place(space, keys, held, trailing=True)
+    assert write is not None
+    before, steps = list[EmptySlot](), 0
+    while (slots := await write.step()) is not None:
+        assert not any(held[slot.place] for slot in [*before, *slots])
+        await flood(client, space, turn)
+        fill(space, keys, before)
+        before, steps = slots, steps + 1
+    assert held == [True] * BLOCKS
+    assert steps > 3
+    assert write.ended
+    assert all(await load(client, space, keys))
+    await idle(server, client, space)
+
+
+async def test_a_node_that_hangs_up_ends_a_trailing_write_when_its_copies_are_finished(
+    nodes: Nodes,
+) -> None:
+    """Until then the write holds on to what it was given."""
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys, held = keys_of("chat", BLOCKS), [False] * BLOCKS
+    write = await client.write_in_place(space, keys, held, trailing=True)
+    assert write is not None
+    assert await write.step()
+    assert server._local is not None
+    await server._local.close()
+    while slots := await write.step():
+        assert not any(held)
+    assert slots == []
+    assert not write.ended
+    assert await write.step() is None
+    assert write.ended
+    assert client.counters["store_failed"] == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+async def test_a_trailing_write_or_read_that_ends_early_leaves_nothing_held(
+    nodes: Nodes, steps: int
+) -> None:
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys = keys_of("chat", BLOCKS)
+    write = await client.write_in_place(space, keys, [False] * BLOCKS, trailing=True)
+    assert write is not None
+    for _ in range(steps):
+        fill(space, keys, await given_by(write.step()))
+    await write.end()
+    await store(client, space, keys)
+    read = await client.read_in_place(space, keys, trailing=True)
+    assert read is not None
+    for _ in range(steps):
+        assert await read.step()
+    await read.end()
+    await idle(server, client, space)
+    assert await load(client, space, keys) == ["memory"] * BLOCKS
 
 
 # The same for threads.

@@ -276,10 +276,12 @@ class AsyncClient(ControlClient):
         scope: str = "",
         hint: ReuseHint | None = None,
         budget_s: float | None = None,
+        trailing: bool = False,
     ) -> WriteInPlace | None:
         """Like `store`, by a caller who fills the node's slots himself; None without an arena.
 
-        `held` has a place for each key, and is brought up to date with each step.
+        `held` has a place for each key, and is brought up to date with each step. `trailing`: see
+        `kvstore_client.in_place`.
         """
         check_keys(keys)
         if parent_key:
@@ -291,7 +293,7 @@ class AsyncClient(ControlClient):
             return None
         begin = _write_begin(space, keys, parent_key, parent_scope, scope, hint)
         deadline = self._deadline(budget_s, self.budgets.store_s)
-        return WriteInPlace(attached, self._caller, begin, space, held, deadline)
+        return WriteInPlace(attached, self._caller, begin, space, held, deadline, trailing=trailing)
 
     async def read_in_place(
         self,
@@ -301,8 +303,12 @@ class AsyncClient(ControlClient):
         scopes: Sequence[str] = (),
         lease: Match | None = None,
         budget_s: float | None = None,
+        trailing: bool = False,
     ) -> ReadInPlace | None:
-        """Like `load`, by a caller who copies out of the node's slots; None without an arena."""
+        """Like `load`, by a caller who copies out of the node's slots; None without an arena.
+
+        `trailing`: see `kvstore_client.in_place`.
+        """
         check_keys(keys)
         check_scopes(scopes)
         attached = self._neighbour.attached
@@ -310,7 +316,10 @@ class AsyncClient(ControlClient):
             return None
         request = _read_request(space, keys, scopes, lease)
         deadline = self._deadline(budget_s, self.budgets.load_s)
-        return ReadInPlace(attached, self._caller, request, space, len(keys), deadline)
+        blocks = len(keys)
+        return ReadInPlace(
+            attached, self._caller, request, space, blocks, deadline, trailing=trailing
+        )
 
     async def release(self, match: Match) -> None:
         """Ends the lease of a match before it expires."""

@@ -302,6 +302,7 @@ class Client:
         scope: str = "",
         hint: ReuseHint | None = None,
         budget_s: float | None = None,
+        trailing: bool = False,
     ) -> Generator[list[EmptySlot], None, None]:
         """The steps of `AsyncClient.write_in_place`; none without an arena.
 
@@ -317,6 +318,7 @@ class Client:
             scope=scope,
             hint=hint,
             budget_s=budget_s,
+            trailing=trailing,
         )
         return self._steps("store", begin)
 
@@ -328,13 +330,20 @@ class Client:
         scopes: Sequence[str] = (),
         lease: Match | None = None,
         budget_s: float | None = None,
+        trailing: bool = False,
     ) -> Generator[list[GivenBlock], None, None]:
         """The steps of `AsyncClient.read_in_place`; none without an arena.
 
         Close the iterator unless it is read to its end: that gives everything back.
         """
         begin = partial(
-            self._client.read_in_place, space, keys, scopes=scopes, lease=lease, budget_s=budget_s
+            self._client.read_in_place,
+            space,
+            keys,
+            scopes=scopes,
+            lease=lease,
+            budget_s=budget_s,
+            trailing=trailing,
         )
         return self._steps("load", begin)
 
@@ -434,17 +443,24 @@ class Client:
         operation: str,
         begin: Callable[[], Coroutine[Any, Any, WriteInPlace | ReadInPlace | None]],
     ) -> Generator[Any, None, None]:
-        moving = self._quietly(operation, begin(), None)
+        async def first() -> tuple[WriteInPlace | ReadInPlace | None, Sequence[Any] | None]:
+            moving = await begin()
+            return moving, await moving.step() if moving is not None else None
+
+        # The thread is woken once for both: that takes longer than a block's copy to a GPU.
+        moving, given = self._quietly(operation, first(), (None, None))
         if moving is None:
             return
         try:
-            while given := self._quietly(operation, moving.step(), []):
+            while given is not None:
                 yield given
+                given = self._quietly(operation, moving.step(), None)
         finally:
-            with contextlib.suppress(Unavailable):
-                ending = self._thread.submit(moving.end())
-                if not self._thread.is_inside:
-                    ending.result()
+            if not moving.ended:
+                with contextlib.suppress(Unavailable):
+                    ending = self._thread.submit(moving.end())
+                    if not self._thread.is_inside:
+                        ending.result()
 
     def _send(self, operation: str, call: Coroutine[Any, Any, None]) -> None:
         """Starts a call that nobody waits for, unless too many of them are under way."""

@@ -75,6 +75,7 @@ class StoreClient(Protocol):
         scope: str = "",
         hint: ReuseHint | None = None,
         budget_s: float | None = None,
+        trailing: bool = False,
     ) -> Generator[list[EmptySlot], None, None]:
         """The slots of the node's memory to fill, step by step. Never raises."""
 
@@ -86,6 +87,7 @@ class StoreClient(Protocol):
         scopes: Sequence[str] = (),
         lease: Match | None = None,
         budget_s: float | None = None,
+        trailing: bool = False,
     ) -> Generator[list[GivenBlock], None, None]:
         """The leading blocks where they lie in the node's memory, step by step. Never raises."""
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 from kvstore.api.hint import ReuseHint
 from kvstore_client import Match, Space
+from kvstore_client.in_place import GivenBlock
 from kvstore_client.restore_gate import RestoreGate
 from kvstore_workers.cut import Cut
 from kvstore_workers.link import StoreLink
-from kvstore_workers.transfer import Copier, Mark
+from kvstore_workers.transfer import Copier, Copies, Mark, one_ahead
 
 _log = logging.getLogger("kvstore.worker.restore")
 
@@ -153,13 +155,19 @@ class Restorer:
         if not self._copier.pinned(client, client.arena):
             return []
         steps = client.read_in_place(
-            space, keys, scopes=job.link.scopes, lease=match, budget_s=left_s
+            space, keys, scopes=job.link.scopes, lease=match, budget_s=left_s, trailing=True
         )
+        places = iter(blocks)
+
+        def begin(given: Sequence[GivenBlock]) -> Copies:
+            views = [block.view for block in given]
+            return self._copier.begin_to_device(
+                views, list(islice(places, len(given))), after=job.after
+            )
+
         tiers: list[str] = []
-        with closing(steps):
-            for given in steps:
-                arrived = blocks[len(tiers) : len(tiers) + len(given)]
-                self._copier.to_device([block.view for block in given], arrived, after=job.after)
+        with closing(steps), closing(one_ahead(steps, begin)) as finished:
+            for given in finished:
                 came = [block.loaded.tier for block in given]
                 laps.came(came)
                 tiers += came

@@ -12,12 +12,13 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from kvstore.api.hint import ReuseHint
+from kvstore_client.in_place import EmptySlot
 from kvstore_workers.link import StoreLink
-from kvstore_workers.transfer import Copier, Mark
+from kvstore_workers.transfer import Copier, Copies, Mark, one_ahead
 
 MAX_HELD_KEYS = 1 << 18
 """Remembered as held by the store; past it all are forgotten, which only costs asking again."""
@@ -56,7 +57,10 @@ class SpillRun:
 class _Active:
     run: SpillRun
     referenced: bool = True
-    copying: bool = False
+    beginning: bool = False
+    """Copies of it are about to be under way."""
+    copies: deque[Copies] = field(default_factory=lambda: deque(maxlen=2))
+    """The last ones; those before are finished."""
     abandoned: bool = False
     held: int = 0
 
@@ -141,10 +145,12 @@ class Spiller:
     def abandon(self) -> list[Sequence[int]]:
         """All references that are held here: generation needs the VRAM now.
 
-        Blocks that were not copied yet are dropped. Waits for nothing but one copy under way.
+        Blocks that were not copied yet are dropped. Waits for nothing but copies under way.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not (self._active and self._active.copying))
+            self._changed.wait_for(lambda: not (self._active and self._active.beginning))
+            for copies in self._active.copies if self._active else ():
+                copies.wait()
             for run in self._queue:
                 self.counters["dropped"] += len(run.blocks)
                 self._returned.append(run.referenced)
@@ -238,12 +244,15 @@ class Spiller:
             scope=run.link.scope,
             hint=run.hint,
             budget_s=self._budget_s,
+            trailing=True,
         )
-        with closing(steps):
-            for slots in steps:
-                views = [slot.view for slot in slots]
-                if not self._copy(active, [blocks[slot.place] for slot in slots], views):
-                    break
+
+        def begin(slots: Sequence[EmptySlot]) -> Copies | None:
+            views = [slot.view for slot in slots]
+            return self._begin_copy(active, [blocks[slot.place] for slot in slots], views)
+
+        with closing(steps), closing(one_ahead(steps, begin)) as finished:
+            for slots in finished:
                 self._note_copied((keys[slot.place].key, slot.view) for slot in slots)
         return held
 
@@ -251,8 +260,10 @@ class Spiller:
         """Copies blocks to staging memory, from where the client sends them."""
         run, keys, blocks = active.run, active.run.keys[batch], active.run.blocks[batch]
         views = self._staging.views[: len(keys)]
-        if run.link.space is None or not self._copy(active, blocks, views):
+        copies = self._begin_copy(active, blocks, views) if run.link.space is not None else None
+        if run.link.space is None or copies is None:
             return [False] * len(keys)
+        copies.wait()
         if batch.stop >= len(run.blocks):
             with self._changed:
                 self._return_active_locked(active)
@@ -268,19 +279,22 @@ class Spiller:
             budget_s=self._budget_s,
         )
 
-    def _copy(self, active: _Active, blocks: Sequence[int], views: Sequence[memoryview]) -> bool:
-        """Fills host memory; False if the blocks are no longer ours to read."""
+    def _begin_copy(
+        self, active: _Active, blocks: Sequence[int], views: Sequence[memoryview]
+    ) -> Copies | None:
+        """Begins to fill host memory; None if the blocks are no longer ours to read."""
         with self._changed:
             if not active.referenced:
-                return False
-            active.copying = True
+                return None
+            active.beginning = True
         try:
-            self._copier.to_host(blocks, views, after=active.run.after)
+            copies = self._copier.begin_to_host(blocks, views, after=active.run.after)
+            active.copies.append(copies)
+            return copies
         finally:
             with self._changed:
-                active.copying = False
+                active.beginning = False
                 self._changed.notify_all()
-        return True
 
     def _note_copied(self, copied: Iterable[tuple[bytes, memoryview]]) -> None:
         if self.digests is not None:

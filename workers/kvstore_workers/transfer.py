@@ -7,13 +7,16 @@ Host memory is the node's arena, where this process has it mapped, or staging me
     up stream (restore)      └─wait─► copy ─► event ─► to_device returns
 
 Both calls return when their copies are finished, so no caller ever sees a half-copied block, and
-kernels launched after `to_device` read what it brought.
+kernels launched after `to_device` read what it brought. What `begin_…` returns has to be waited for
+instead; `one_ahead` does it for a run of steps, whose next one is asked for while copies run.
 """
 
 import ctypes
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +27,23 @@ from kvstore_workers.vram import VramPool
 
 Mark = torch.cuda.Event | None
 """A moment of the compute stream; None where there are no streams."""
+
+
+Step = TypeVar("Step")
+
+
+class Copies:
+    """Copies under way. Until `wait` has returned nobody else may touch what they read or write."""
+
+    def __init__(self, finished: Mark, places: Sequence[memoryview]) -> None:
+        self._finished = finished
+        self._places = places
+        """Kept, so that they stay mapped."""
+
+    def wait(self) -> None:
+        """Returns when the bytes are there. Any thread, as often as it likes."""
+        if self._finished is not None:
+            self._finished.synchronize()
 
 
 class Staging:
@@ -55,7 +75,7 @@ class Copier:
         self._host_array = None if self._cuda else vram.bytes.numpy()
         self._arenas = PinnedArenas(vram.device, self._still) if self._cuda else None
         self._going_down, self._going_up = threading.Lock(), threading.Lock()
-        """Held while bytes go there."""
+        """Held while copies there begin."""
         if self._cuda:
             self._down = torch.cuda.Stream(vram.device)  # type: ignore[no-untyped-call]
             self._up = torch.cuda.Stream(vram.device)  # type: ignore[no-untyped-call]
@@ -72,6 +92,8 @@ class Copier:
     def _still(self) -> Iterator[None]:
         """No copy is under way meanwhile, and none begins."""
         with self._going_down, self._going_up:
+            self._down.synchronize()
+            self._up.synchronize()
             yield
 
     def mark(self) -> Mark:
@@ -110,16 +132,22 @@ class Copier:
 
         Reads a block only after the mark, which must cover the kernels that wrote it.
         """
+        self.begin_to_host(blocks, places, after=after).wait()
+
+    def begin_to_host(
+        self, blocks: Sequence[int], places: Sequence[memoryview], *, after: Mark
+    ) -> Copies:
+        """As `to_host`, which does not return before they are finished. At once on a CPU."""
         if self._host_array is not None:
             for place, block in zip(places, blocks, strict=True):
                 np.copyto(np.frombuffer(place, np.uint8), self._host_array[block])
-            return
+            return Copies(None, ())
         device = torch.cuda.device(self._vram.device)
         with self._going_down, device, torch.cuda.stream(self._down):
             _wait(self._down, after)
             for host, rows in _stretches(places, blocks, self._bounds):
                 host.copy_(self._vram.bytes[rows], non_blocking=True)
-            self._down.record_event().synchronize()
+            return Copies(self._down.record_event(), places)
 
     def to_device(
         self, places: Sequence[memoryview], blocks: Sequence[int], *, after: Mark
@@ -129,16 +157,46 @@ class Copier:
         Writes only after the mark, which must cover the kernels that still read what an evicted
         block held before.
         """
+        self.begin_to_device(places, blocks, after=after).wait()
+
+    def begin_to_device(
+        self, places: Sequence[memoryview], blocks: Sequence[int], *, after: Mark
+    ) -> Copies:
+        """As `to_device`, which does not return before they are finished. At once on a CPU."""
         if self._host_array is not None:
             for place, block in zip(places, blocks, strict=True):
                 np.copyto(self._host_array[block], np.frombuffer(place, np.uint8))
-            return
+            return Copies(None, ())
         device = torch.cuda.device(self._vram.device)
         with self._going_up, device, torch.cuda.stream(self._up):
             _wait(self._up, after)
             for host, rows in _stretches(places, blocks, self._bounds):
                 self._vram.bytes[rows].copy_(host, non_blocking=True)
-            self._up.record_event().synchronize()
+            return Copies(self._up.record_event(), places)
+
+
+def one_ahead(
+    steps: Iterable[Sequence[Step]], begin: Callable[[Sequence[Step]], Copies | None]
+) -> Generator[Sequence[Step], None, None]:
+    """Each step of a `trailing` write or read once its copies, which `begin` begins, are finished.
+
+    The next step is asked for while they run. Ends early where `begin` returns None. Close it
+    before the steps: it waits for what is still being copied.
+    """
+    running: deque[tuple[Sequence[Step], Copies]] = deque()
+    try:
+        for step in steps:
+            if step:
+                copies = begin(step)
+                if copies is None:
+                    return
+                running.append((step, copies))
+            while len(running) > bool(step):
+                running[0][1].wait()
+                yield running.popleft()[0]
+    finally:
+        for _, copies in running:
+            copies.wait()
 
 
 def _stretches(
