@@ -1,5 +1,6 @@
 """Restored or recomputed on a GPU: when the first token of a model of usual size comes."""
 
+import json
 import random
 import statistics
 import tempfile
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from benchmarks.engine.models import Model, eight_billion
@@ -126,23 +128,23 @@ class Bench:
         self._source.client.close()
         self._node.__exit__(None, None, None)
 
-    def measure(
-        self, lengths: Sequence[int], repeats: int, tick: Callable[[int], None]
-    ) -> list[Point]:
-        """All points, in turn; a tick is one repeat of all. A first round is thrown away."""
+    def measure(self, lengths: Sequence[int], repeats: int) -> list[Point]:
+        """All points, one after the other. What is done for the first time is not counted.
+
+        Each is told on stderr as soon as it is known: all of them take minutes of a dear machine.
+        """
         self._compute_plainly(self._draw(max(lengths)))
-        pairs = [
-            (Point(MEMORY, prefix, tokens, restored), Point(DISK, prefix, tokens, restored))
-            for tokens in lengths
-            for prefix, restored in self._prefixes(tokens)
-        ]
-        for _ in range(repeats):
-            for memory, disk in pairs:
-                self._repeat(memory, disk)
-            tick(1)
-        for memory, disk in pairs:
-            self._gate(memory, disk)
-        return [point for pair in pairs for point in pair]
+        points: list[Point] = []
+        for tokens in lengths:
+            for prefix, restored in self._prefixes(tokens):
+                memory, disk = (Point(at, prefix, tokens, restored) for at in (MEMORY, DISK))
+                for _ in range(repeats):
+                    self._repeat(memory, disk)
+                self._gate(memory, disk)
+                for point in (memory, disk):
+                    click.echo(json.dumps(point.as_row(self.token_bytes)), err=True)
+                    points.append(point)
+        return points
 
     def _prefixes(self, tokens: int) -> Iterator[tuple[str, int]]:
         shares = (int(SHARE * tokens), tokens - 1)
@@ -244,7 +246,8 @@ def run(setting: Setting) -> list[Finding]:
     with tempfile.TemporaryDirectory(prefix="kvstore-restore-") as name:
         model, plain = eight_billion(Path(name), torch.device("cuda"))
         with closing(Bench(Path(name), model, plain, max(lengths), setting.seed)) as bench:
-            points = bench.measure(lengths, setting.trials, setting.tick)
+            points = bench.measure(lengths, setting.trials)
+    setting.tick(setting.trials)
     details = {
         "gpu": torch.cuda.get_device_name(), "model": model.name,
         "points": [point.as_row(bench.token_bytes) for point in points],

@@ -181,6 +181,21 @@ def test_a_spill_does_not_wait_for_later_kernels(vram: VramPool) -> None:
     later.synchronize()
 
 
+def test_copies_that_were_begun_are_finished_when_they_were_waited_for(vram: VramPool) -> None:
+    """In either direction; nobody stands still until then."""
+    copier = Copier(vram)
+    staging = copier.staging(1)
+    staging.tensor.fill_(9)
+    torch.cuda._sleep(BUSY_CYCLES)
+    vram.bytes[7].fill_(2)
+    down = copier.begin_to_host([7], staging.views, after=copier.mark())
+    assert int(staging.tensor.min()) == 9, "it waited for the kernel"
+    down.wait()
+    assert int(staging.tensor.min()) == int(staging.tensor.max()) == 2
+    copier.begin_to_device(staging.views, [8], after=copier.mark()).wait()
+    assert int(vram.bytes[8].min()) == int(vram.bytes[8].max()) == 2
+
+
 def test_copies_down_and_up_run_from_two_threads_at_once(vram: VramPool) -> None:
     copier = Copier(vram)
     down, up = copier.staging(16), copier.staging(16)

@@ -447,20 +447,21 @@ class Client:
             moving = await begin()
             return moving, await moving.step() if moving is not None else None
 
-        # The thread is woken once for both: that takes longer than a block's copy to a GPU.
+        # To wake the thread takes as long as to copy a block to a GPU: not without need.
         moving, given = self._quietly(operation, first(), (None, None))
         if moving is None:
             return
         try:
             while given is not None:
                 yield given
-                given = self._quietly(operation, moving.step(), None)
+                if not moving.complete:
+                    given = self._quietly(operation, moving.step(), None)
+                else:
+                    given = [] if moving.trailing and given else None
         finally:
             if not moving.ended:
                 with contextlib.suppress(Unavailable):
-                    ending = self._thread.submit(moving.end())
-                    if not self._thread.is_inside:
-                        ending.result()
+                    self._thread.submit(moving.end())
 
     def _send(self, operation: str, call: Coroutine[Any, Any, None]) -> None:
         """Starts a call that nobody waits for, unless too many of them are under way."""

@@ -64,7 +64,7 @@ class _InPlace(ABC, Generic[Given]):
         self._caller = caller
         self._space = space
         self._deadline = deadline
-        self._trailing = trailing
+        self.trailing = trailing
         self._number = 0
         """Of what is under way; 0: nothing is."""
         self._copying = False
@@ -75,6 +75,11 @@ class _InPlace(ABC, Generic[Given]):
     def ended(self) -> bool:
         """Whether everything was given back."""
         return self._over and not self._number
+
+    @property
+    def complete(self) -> bool:
+        """Whether all was given, and what is left is the end."""
+        return False
 
     async def step(self) -> list[Given] | None:
         """Is done with what the last step gave, or `trailing` the one before; the next.
@@ -93,7 +98,7 @@ class _InPlace(ABC, Generic[Given]):
                 await self.end()
         if self._over and self._copying:
             given = []
-        self._copying = self._trailing and bool(given)
+        self._copying = self.trailing and bool(given)
         return given
 
     async def end(self) -> None:
@@ -143,7 +148,7 @@ class WriteInPlace(_InPlace[EmptySlot]):
     async def _next(self) -> list[EmptySlot] | None:
         if not self._part:
             await self._reserve()
-        while len(self._filling) > self._trailing:
+        while len(self._filling) > self.trailing:
             self._commit(self._filling.popleft())
         while self._asked and (not self._empty or self._asked[0].done()):
             self._take(await self._attached.reply(self._asked.popleft(), self._deadline))
@@ -198,22 +203,27 @@ class ReadInPlace(_InPlace[GivenBlock]):
         super().__init__(attached, caller, space, deadline, trailing=trailing)
         self._request = request
         self._left = blocks
+        """So many may still be given."""
         self._following: Answer | None = None
         """The window after the last one, asked for ahead: not `trailing`, for the node lets go of
         all but the last that it gave, and two are being copied."""
         self._begun = False
 
+    @property
+    def complete(self) -> bool:
+        return not self._left
+
     async def _next(self) -> list[GivenBlock] | None:
         while self._left:
             reply = await self._window()
-            if not (reply.blocks.last or self._trailing):
+            if not (reply.blocks.last or self.trailing):
                 self._following = self._ask()
             given = self._leading(reply.blocks.blocks)
             self._left -= len(given)
             if reply.blocks.last or len(given) < len(reply.blocks.blocks):
                 self._left = 0
             # Nothing, and not the end: what is being copied has the room.
-            if given or (self._trailing and self._left):
+            if given or (self.trailing and self._left):
                 return given
         return None
 
