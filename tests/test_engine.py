@@ -423,6 +423,24 @@ def test_a_store_that_has_part_of_a_chunk_restores_whole_chunks_only(
     assert warm.logits == cold.logits
 
 
+def test_what_the_store_has_of_the_next_request_comes_beside_a_decode_step(
+    start: Start, store: StoreTwin
+) -> None:
+    """No step goes by in which it only waits: the one after has its first chunk."""
+    engine = start(store)._engine
+    for seed in range(3):
+        engine.submit(Request(tokens(CHUNK, seed), 8))
+    for running in range(1, 4):
+        engine.step()
+        assert len(engine._running) == running
+        if running < 3:
+            assert engine._filling is not None
+            assert engine._filling.restoring is not None
+            engine._filling.restoring.result(30.0)
+    while engine.busy:
+        engine.step()
+
+
 def test_a_partial_chunk_and_an_answer_are_never_reused(start: Start, store: StoreTwin) -> None:
     worker = start(store)
     prompt = tokens(CHUNK + 20)

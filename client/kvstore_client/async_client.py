@@ -259,8 +259,11 @@ class AsyncClient(ControlClient):
 
     @property
     def arena(self) -> ArenaMemory | None:
-        """The node's memory as it is mapped here; None where it is not, or not any more."""
-        attached = self._neighbour.attached
+        """The node's memory as it is mapped here; None where it is not, or not any more.
+
+        Any thread may ask; what is not mapped is tried again by the calls that move blocks.
+        """
+        attached = self._neighbour.attached_now
         if attached is None:
             return None
         return ArenaMemory(attached.arena.memory, attached.slab_bytes)

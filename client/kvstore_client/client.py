@@ -285,11 +285,7 @@ class Client:
     @property
     def arena(self) -> ArenaMemory | None:
         """See `AsyncClient.arena`."""
-
-        async def ask() -> ArenaMemory | None:
-            return self._client.arena
-
-        return self._quietly("load", ask(), None)
+        return self._client.arena
 
     def write_in_place(
         self,
@@ -454,10 +450,12 @@ class Client:
         try:
             while given is not None:
                 yield given
-                if not moving.complete:
-                    given = self._quietly(operation, moving.step(), None)
+                if moving.pause():
+                    given = []
+                elif moving.complete:
+                    given = None
                 else:
-                    given = [] if moving.trailing and given else None
+                    given = self._quietly(operation, moving.step(), None)
         finally:
             if not moving.ended:
                 with contextlib.suppress(Unavailable):

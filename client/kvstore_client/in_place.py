@@ -64,7 +64,7 @@ class _InPlace(ABC, Generic[Given]):
         self._caller = caller
         self._space = space
         self._deadline = deadline
-        self.trailing = trailing
+        self._trailing = trailing
         self._number = 0
         """Of what is under way; 0: nothing is."""
         self._copying = False
@@ -78,8 +78,15 @@ class _InPlace(ABC, Generic[Given]):
 
     @property
     def complete(self) -> bool:
-        """Whether all was given, and what is left is the end."""
+        """Whether all was given, so that nobody is asked any more, but told that it is over."""
         return False
+
+    def pause(self) -> bool:
+        """Takes the next step, in any thread, if that would give nothing and ask for nothing."""
+        if not (self._copying and self._may_pause()):
+            return False
+        self._copying = False
+        return True
 
     async def step(self) -> list[Given] | None:
         """Is done with what the last step gave, or `trailing` the one before; the next.
@@ -98,7 +105,7 @@ class _InPlace(ABC, Generic[Given]):
                 await self.end()
         if self._over and self._copying:
             given = []
-        self._copying = self.trailing and bool(given)
+        self._copying = self._trailing and bool(given)
         return given
 
     async def end(self) -> None:
@@ -107,6 +114,10 @@ class _InPlace(ABC, Generic[Given]):
         if self._number:
             self._attached.done(self._number)
             self._number = 0
+
+    @abstractmethod
+    def _may_pause(self) -> bool:
+        """Whether the next step has to wait for the copies of the last one; then it is taken."""
 
     @abstractmethod
     async def _next(self) -> list[Given] | None:
@@ -145,10 +156,16 @@ class WriteInPlace(_InPlace[EmptySlot]):
         self._part = 0
         """So many slots are given at a time; 0: none is reserved yet."""
 
+    def _may_pause(self) -> bool:
+        if self._empty or self._asked or len(self._filling) > 1:
+            return False
+        self._filling.append(0)
+        return True
+
     async def _next(self) -> list[EmptySlot] | None:
         if not self._part:
             await self._reserve()
-        while len(self._filling) > self.trailing:
+        while len(self._filling) > self._trailing:
             self._commit(self._filling.popleft())
         while self._asked and (not self._empty or self._asked[0].done()):
             self._take(await self._attached.reply(self._asked.popleft(), self._deadline))
@@ -213,17 +230,20 @@ class ReadInPlace(_InPlace[GivenBlock]):
     def complete(self) -> bool:
         return not self._left
 
+    def _may_pause(self) -> bool:
+        return self.complete
+
     async def _next(self) -> list[GivenBlock] | None:
         while self._left:
             reply = await self._window()
-            if not (reply.blocks.last or self.trailing):
+            if not (reply.blocks.last or self._trailing):
                 self._following = self._ask()
             given = self._leading(reply.blocks.blocks)
             self._left -= len(given)
             if reply.blocks.last or len(given) < len(reply.blocks.blocks):
                 self._left = 0
             # Nothing, and not the end: what is being copied has the room.
-            if given or (self.trailing and self._left):
+            if given or (self._trailing and self._left):
                 return given
         return None
 

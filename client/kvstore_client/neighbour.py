@@ -33,10 +33,16 @@ class Neighbour:
         self._next_try_s = 0.0
 
     @property
+    def attached_now(self) -> Attached | None:
+        """The attachment, if it holds now. In any thread."""
+        attached = self._attached
+        return attached if attached is not None and not attached.closed else None
+
+    @property
     def attached(self) -> Attached | None:
         """The attachment, if it holds now; if not, and it is time, the next one is begun."""
-        if self._attached is not None and not self._attached.closed:
-            return self._attached
+        if (attached := self.attached_now) is not None:
+            return attached
         if self._attached is not None:
             self._attached = None
             self._next_try_s = self._clock.monotonic_s() + RETRY_S

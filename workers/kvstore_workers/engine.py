@@ -114,12 +114,12 @@ class Engine:
     def step(self) -> list[Completion]:
         """What was completed by one prefill chunk and one decode step of all running requests."""
         self._take_back(wait_s=0.0)
-        if self._filling is None:
-            self._admit()
+        self._admit()
         if self._filling is not None:
             self._fill(self._filling)
         completed = self._retire()
         if self._running:
+            self._admit()  # What the store has of the next one comes beside the decode step.
             self._decode()
             completed += self._retire()
         return completed
@@ -133,7 +133,8 @@ class Engine:
     # Admission: VRAM for the whole context, and what is already there.
 
     def _admit(self) -> None:
-        if not self._waiting or len(self._running) >= self._max_running:
+        is_full = self._filling is not None or len(self._running) >= self._max_running
+        if is_full or not self._waiting:
             return
         generation = self._waiting[0]
         generation.started_s = self._monotonic_s()
