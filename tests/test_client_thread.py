@@ -18,7 +18,8 @@ from kvstore.api.hint import ReuseHint
 from kvstore.api.space import SpaceDescriptor
 from kvstore.api.tier import Block, BlockRef, Load, Tier
 from kvstore.api.v1 import kvstore_pb2 as pb
-from kvstore_client import AsyncClient, Client, Match, RemoteTier, remote_tier
+from kvstore_client import AsyncClient, Client, Match, RemoteTier, loop_thread, remote_tier
+from kvstore_client.loop_thread import LoopThread
 from kvstore_client.remote_tier import chain_runs
 from tests.client_rig import BLOCK_BYTES, PATIENT, descriptor
 from tests.scripted_node import NodeThread, ScriptedNode, block, key, serving
@@ -341,3 +342,27 @@ def test_runs_cover_a_forest_parents_first(choices: list[int]) -> None:
             assert parents[after] == before
         sent.update(run.places)
     assert sorted(place for run in runs for place in run.places) == list(range(len(blocks)))
+
+
+def test_a_call_may_begin_while_another_one_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a forgotten iterator does that is collected in that moment."""
+    loop, inner = LoopThread("test"), list[concurrent.futures.Future[str]]()
+
+    async def answer(word: str) -> str:
+        return word
+
+    class Collecting(loop_thread.Outcome[str]):
+        def __init__(self, loop_of_it: asyncio.AbstractEventLoop) -> None:
+            super().__init__(loop_of_it)
+            if not inner:
+                monkeypatch.undo()
+                inner.append(loop.submit(answer("inner")))
+
+    monkeypatch.setattr(loop_thread, "Outcome", Collecting)
+    outer = list[str]()
+    caller = threading.Thread(target=lambda: outer.append(loop.run(answer("outer"))), daemon=True)
+    caller.start()
+    caller.join(10.0)
+    assert outer == ["outer"]
+    assert inner[0].result(10.0) == "inner"
+    loop.stop()

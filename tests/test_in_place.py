@@ -1,6 +1,7 @@
 """Callers who copy blocks from and to the node's arena themselves."""
 
 import asyncio
+import concurrent.futures
 import itertools
 from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import closing
@@ -9,6 +10,9 @@ from typing import Any, TypeVar
 
 import pytest
 
+from kvstore import local_calls
+from kvstore.api.v1 import kvstore_pb2 as pb
+from kvstore.attachment import Attachment, Slots
 from kvstore.server import NodeServer
 from kvstore_client import AsyncClient, Client, Space
 from kvstore_client.in_place import EmptySlot, GivenBlock, ReadInPlace, WriteInPlace
@@ -420,6 +424,42 @@ async def test_a_trailing_write_or_read_that_ends_early_leaves_nothing_held(
     assert await load(client, space, keys) == ["memory"] * BLOCKS
 
 
+@pytest.mark.parametrize("trailing", [False, True])
+async def test_a_node_that_takes_all_slots_at_a_time_is_told_when_all_are_filled(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, trailing: bool
+) -> None:
+    """As nodes did before there were parts; also where the first slots were few."""
+    put, commit = local_calls._put_slots, Attachment.commit
+
+    def put_as_before(reply: pb.LocalReply, slots: Slots) -> None:
+        put(reply, slots)
+        reply.slots.in_parts = False
+
+    async def commit_as_before(self: Attachment, number: int, blocks: int = 0) -> Slots:
+        return await commit(self, number)
+
+    monkeypatch.setattr(local_calls, "_put_slots", put_as_before)
+    monkeypatch.setattr(Attachment, "commit", commit_as_before)
+    server = await nodes.start()
+    client, space = await attach(nodes, server)
+    keys, held = keys_of("chat", 12), [False] * 12
+    assert server._local is not None
+    server._local._room.capacity_bytes = 8192
+    write = await client.write_in_place(space, keys, held, trailing=trailing)
+    assert write is not None
+    before, filled, sizes = list[EmptySlot](), set[int](), list[int]()
+    while (slots := await write.step()) is not None:
+        server._local._room.capacity_bytes = 1 << 20
+        assert {place for place in range(12) if held[place]} <= filled
+        sizes.append(len(slots))
+        for part in (before, slots) if not trailing else (before,):
+            fill(space, keys, part)
+            filled |= {slot.place for slot in part}
+        before = slots
+    assert (sizes[0], max(sizes), held) == (1, 11, [True] * 12)
+    await idle(server, client, space)
+
+
 # The same for threads.
 
 
@@ -430,6 +470,11 @@ class NodeThread:
         self._thread = LoopThread("node")
         self._nodes = Nodes(home)
         self.server = self._thread.run(self._nodes.start())
+
+    @property
+    def held_bytes(self) -> int:
+        assert self.server._local is not None
+        return self.server._local._room.held_bytes
 
     def check_idle(self, client: Client, space: Space) -> None:
         assert list(client.read_in_place(space, NOWHERE)) == []
@@ -479,3 +524,57 @@ def test_a_thread_that_stops_in_the_middle_leaves_nothing_held(far: NodeThread) 
         far.check_idle(client, space)
     assert list(client.write_in_place(space, keys, [False] * BLOCKS)) == []
     assert list(client.read_in_place(space, keys)) == []
+
+
+class Interrupt:
+    """Ctrl-C, once, in a thread that waits for a call which has just been answered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._wait = concurrent.futures.wait
+        self.armed = False
+        monkeypatch.setattr(concurrent.futures, "wait", self._waited)
+
+    def _waited(
+        self, outcomes: list[concurrent.futures.Future[Any]], timeout_s: float | None = None
+    ) -> None:
+        self._wait(outcomes, timeout_s)
+        if self.armed and outcomes[0].done():
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("trailing", [False, True])
+def test_a_thread_that_is_interrupted_at_its_first_step_leaves_nothing_held(
+    far: NodeThread, monkeypatch: pytest.MonkeyPatch, trailing: bool
+) -> None:
+    interrupt = Interrupt(monkeypatch)
+    with Client(far.server.endpoint, budgets=PATIENT) as client:
+        space, keys = client.open_space(descriptor_of()), keys_of("chat", BLOCKS)
+        interrupt.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            next(client.write_in_place(space, keys, [False] * BLOCKS, trailing=trailing))
+        far.check_idle(client, space)
+        assert all(client.store(space, keys, [memoryview(expected(space, key)) for key in keys]))
+        interrupt.armed = True
+        with pytest.raises(KeyboardInterrupt):
+            next(client.read_in_place(space, keys, trailing=trailing))
+        far.check_idle(client, space)
+
+
+def test_an_interrupted_thread_waits_for_its_copies_before_they_are_let_go_of(
+    far: NodeThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given an empty step first, as at every end."""
+    interrupt = Interrupt(monkeypatch)
+    with Client(far.server.endpoint, budgets=PATIENT) as client:
+        space, keys = client.open_space(descriptor_of()), keys_of("chat", BLOCKS)
+        assert all(client.store(space, keys, [memoryview(expected(space, key)) for key in keys]))
+        steps = client.read_in_place(space, keys, trailing=True)
+        assert next(steps)
+        interrupt.armed = True
+        assert next(steps) == []
+        assert list(client.read_in_place(space, NOWHERE)) == []
+        assert far.held_bytes > 0
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+        far.check_idle(client, space)

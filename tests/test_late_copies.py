@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvstore_client import Client, Space
+from kvstore_client import Client, Space, local_transfers
 from kvstore_client.in_place import EmptySlot
 from kvstore_workers.cut import Cut
 from kvstore_workers.layout import KVLayout
@@ -52,24 +53,31 @@ class LateCopier(Copier):
     """What it begins is done at the end; `before_each` runs ahead of it."""
 
     before_each: Callable[[], Any] = staticmethod(lambda: None)
-    begun = 0
+    begun_blocks = 0
+    waiting = 0
+    """Copies that were begun and not made yet."""
+    most_waiting = 0
 
     def begin_to_host(
         self, blocks: Sequence[int], places: Sequence[memoryview], *, after: Mark
     ) -> Copies:
-        return self._late(partial(super().begin_to_host, blocks, places, after=after))
+        return self._late(partial(super().begin_to_host, blocks, places, after=after), len(blocks))
 
     def begin_to_device(
         self, places: Sequence[memoryview], blocks: Sequence[int], *, after: Mark
     ) -> Copies:
-        return self._late(partial(super().begin_to_device, places, blocks, after=after))
+        copy = partial(super().begin_to_device, places, blocks, after=after)
+        return self._late(copy, len(blocks))
 
-    def _late(self, copy: Callable[[], Any]) -> Copies:
+    def _late(self, copy: Callable[[], Any], blocks: int) -> Copies:
         def late() -> None:
             self.before_each()
             copy()
+            self.waiting -= 1
 
-        self.begun += 1
+        self.begun_blocks += blocks
+        self.waiting += 1
+        self.most_waiting = max(self.most_waiting, self.waiting)
         return Late(late)
 
 
@@ -137,7 +145,11 @@ def flood(endpoint: str) -> Iterator[Callable[[], None]]:
         yield store
 
 
-def test_nothing_is_committed_before_it_is_filled(endpoint: str, flood: Callable[[], None]) -> None:
+def test_nothing_is_committed_before_it_is_filled(
+    endpoint: str, flood: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots are given in parts, so that two of them are being filled at a time."""
+    monkeypatch.setattr(local_transfers, "PART_BYTES", LAYOUT.block_bytes)
     with closing(Worker(endpoint)) as worker:
         worker.fill()
         worker.copier.before_each = flood
@@ -146,7 +158,8 @@ def test_nothing_is_committed_before_it_is_filled(endpoint: str, flood: Callable
         assert worker.spiller.counters == {"held": BLOCKS, "failed": 0, "dropped": 0}
         assert worker.spiller.digests is not None
         assert len(worker.spiller.digests) == BLOCKS
-        assert worker.copier.begun > 2
+        assert worker.copier.begun_blocks == BLOCKS
+        assert worker.copier.most_waiting == 2
         worker.vram.bytes.zero_()
         assert len(worker.restore()) == BLOCKS
         assert worker.wrong() == []
@@ -164,10 +177,12 @@ def test_nothing_is_let_go_of_before_it_is_copied(endpoint: str, flood: Callable
         worker.offer()
         assert worker.spiller.flush(60.0)
         worker.vram.bytes.zero_()
-        worker.copier.before_each = flood
+        worker.copier.before_each, worker.copier.begun_blocks = flood, 0
         tiers = worker.restore()
         assert tiers.count("memory") > BLOCKS // 3
         assert len(tiers) == BLOCKS
+        assert worker.copier.begun_blocks == BLOCKS, "what came once was fetched again"
+        assert worker.copier.most_waiting == 2
         assert worker.wrong() == []
 
 
@@ -202,6 +217,57 @@ def test_what_is_abandoned_is_copied_or_not_but_never_read_later(endpoint: str) 
         tiers = worker.restore()
         assert len(tiers) >= held
         assert set(worker.wrong()) == set(range(len(tiers), BLOCKS))
+
+
+def test_who_abandons_waits_for_copies_that_are_about_to_begin(endpoint: str) -> None:
+    with closing(Worker(endpoint)) as worker:
+        worker.fill()
+        entered, go_on = threading.Event(), threading.Event()
+        begin = worker.copier.begin_to_host
+
+        def slow(*args: Any, **options: Any) -> Copies:
+            entered.set()
+            assert go_on.wait(60.0)
+            return begin(*args, **options)
+
+        worker.copier.begin_to_host = slow  # type: ignore[method-assign]
+        worker.offer()
+        assert entered.wait(60.0)
+        with ThreadPoolExecutor(1) as pool:
+            abandoning = pool.submit(worker.spiller.abandon)
+            with pytest.raises(TimeoutError):
+                abandoning.result(0.05)
+            go_on.set()
+            assert abandoning.result(60.0) == [range(BLOCKS)]
+        assert worker.copier.waiting == 0
+        assert worker.spiller.flush(60.0)
+
+
+def test_who_abandons_waits_for_both_copies_that_are_under_way(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_transfers, "PART_BYTES", LAYOUT.block_bytes)
+    with closing(Worker(endpoint)) as worker:
+        worker.fill()
+        entered, go_on = threading.Event(), threading.Event()
+
+        def first() -> None:
+            worker.copier.before_each = lambda: None
+            entered.set()
+            assert go_on.wait(60.0)
+
+        worker.copier.before_each = first
+        worker.offer()
+        assert entered.wait(60.0)
+        assert worker.copier.waiting == 2
+        with ThreadPoolExecutor(1) as pool:
+            abandoning = pool.submit(worker.spiller.abandon)
+            with pytest.raises(TimeoutError):
+                abandoning.result(0.05)
+            go_on.set()
+            assert abandoning.result(60.0) == [range(BLOCKS)]
+        assert worker.copier.waiting == 0
+        assert worker.spiller.flush(60.0)
 
 
 # Steps.

@@ -118,9 +118,10 @@ def test_a_missing_deadline_is_caught(seed: int, monkeypatch: pytest.MonkeyPatch
         return await honest(self, call, miss, 60.0, *breakers)
 
     monkeypatch.setattr(Guarded, "_answer", patient)
-    monkeypatch.setattr(redis_faults, "BATCH_S", 2 * redis_faults.BATCH_S)
-    # Long enough for a late answer to come while it is still judged.
-    monkeypatch.setitem(redis_faults.STAYS_S, "test", 4 * redis_faults.BATCH_S)
+    patience_s = 2 * redis_faults.BATCH_S
+    monkeypatch.setattr(redis_faults, "BATCH_S", patience_s)
+    # Several late answers come while they are still judged.
+    monkeypatch.setitem(redis_faults.STAYS_S, "test", 4 * patience_s)
     failed, beyond, _, _ = run(redis_faults.PROOF, seed, trials=1)
     assert failed.ok, "late is not failed"
     assert beyond.ok is False

@@ -439,25 +439,31 @@ class Client:
         operation: str,
         begin: Callable[[], Coroutine[Any, Any, WriteInPlace | ReadInPlace | None]],
     ) -> Generator[Any, None, None]:
-        async def first() -> tuple[WriteInPlace | ReadInPlace | None, Sequence[Any] | None]:
+        moving: WriteInPlace | ReadInPlace | None = None
+
+        async def first() -> Sequence[Any] | None:
+            nonlocal moving
             moving = await begin()
-            return moving, await moving.step() if moving is not None else None
+            return await moving.step() if moving is not None else None
 
         # To wake the thread takes as long as to copy a block to a GPU: not without need.
-        moving, given = self._quietly(operation, first(), (None, None))
-        if moving is None:
-            return
         try:
-            while given is not None:
+            given = self._quietly(operation, first(), None)
+            while moving is not None and given is not None:
                 yield given
                 if moving.pause():
                     given = []
-                elif moving.complete:
+                elif moving.complete and not moving.copying:
                     given = None
                 else:
-                    given = self._quietly(operation, moving.step(), None)
+                    try:
+                        given = self._quietly(operation, moving.step(), None)
+                    except BaseException:  # Interrupted: what still runs is waited for.
+                        if moving.copying:
+                            yield []
+                        raise
         finally:
-            if not moving.ended:
+            if moving is not None and not moving.ended:
                 with contextlib.suppress(Unavailable):
                     self._thread.submit(moving.end())
 

@@ -67,7 +67,7 @@ class _InPlace(ABC, Generic[Given]):
         self._trailing = trailing
         self._number = 0
         """Of what is under way; 0: nothing is."""
-        self._copying = False
+        self.copying = False
         """Whether what the last step gave may be touched beyond the next step."""
         self._over = False
 
@@ -83,9 +83,9 @@ class _InPlace(ABC, Generic[Given]):
 
     def pause(self) -> bool:
         """Takes the next step, in any thread, if that would give nothing and ask for nothing."""
-        if not (self._copying and self._may_pause()):
+        if not (self.copying and self._pause()):
             return False
-        self._copying = False
+        self.copying = False
         return True
 
     async def step(self) -> list[Given] | None:
@@ -101,11 +101,11 @@ class _InPlace(ABC, Generic[Given]):
                 )
         finally:
             self._over = given is None
-            if self._over and not self._copying:
+            if self._over and not self.copying:
                 await self.end()
-        if self._over and self._copying:
+        if self._over and self.copying:
             given = []
-        self._copying = self._trailing and bool(given)
+        self.copying = self._trailing and bool(given)
         return given
 
     async def end(self) -> None:
@@ -116,8 +116,8 @@ class _InPlace(ABC, Generic[Given]):
             self._number = 0
 
     @abstractmethod
-    def _may_pause(self) -> bool:
-        """Whether the next step has to wait for the copies of the last one; then it is taken."""
+    def _pause(self) -> bool:
+        """As `pause`, of what the last step gave."""
 
     @abstractmethod
     async def _next(self) -> list[Given] | None:
@@ -156,8 +156,8 @@ class WriteInPlace(_InPlace[EmptySlot]):
         self._part = 0
         """So many slots are given at a time; 0: none is reserved yet."""
 
-    def _may_pause(self) -> bool:
-        if self._empty or self._asked or len(self._filling) > 1:
+    def _pause(self) -> bool:
+        if self._empty or self._asked or any(list(self._filling)[:-1]):
             return False
         self._filling.append(0)
         return True
@@ -181,9 +181,9 @@ class WriteInPlace(_InPlace[EmptySlot]):
         request = pb.LocalRequest(number=self._number, reserve=self._begin)
         reply = await self._attached.call(request, self._deadline)
         self._take(reply)
-        count = len(self._empty)
         # A node that takes all slots at a time must not be told before all are filled.
-        self._part = part_of(count, self._space.block_bytes) if reply.slots.in_parts else count
+        in_parts = part_of(len(self._empty), self._space.block_bytes)
+        self._part = in_parts if reply.slots.in_parts else len(self._held)
 
     def _commit(self, slots: int) -> None:
         if slots:  # None would mean all of them.
@@ -230,7 +230,7 @@ class ReadInPlace(_InPlace[GivenBlock]):
     def complete(self) -> bool:
         return not self._left
 
-    def _may_pause(self) -> bool:
+    def _pause(self) -> bool:
         return self.complete
 
     async def _next(self) -> list[GivenBlock] | None:

@@ -27,8 +27,9 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._lock = threading.Lock()
-        """Guards `_stopping`, so that no coroutine is handed over after the last one."""
+        self._lock = threading.RLock()
+        """Guards `_stopping`, so that no coroutine is handed over after the last one. Reentrant:
+        a forgotten iterator that is collected anywhere submits its end."""
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()

@@ -119,7 +119,8 @@ class Engine:
             self._fill(self._filling)
         completed = self._retire()
         if self._running:
-            self._admit()  # What the store has of the next one comes beside the decode step.
+            if self._tiers is not None:
+                self._admit()  # What they have of the next one comes beside the decode step.
             self._decode()
             completed += self._retire()
         return completed

@@ -15,7 +15,7 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -142,10 +142,9 @@ class Copier:
             for place, block in zip(places, blocks, strict=True):
                 np.copyto(np.frombuffer(place, np.uint8), self._host_array[block])
             return Copies(None, ())
-        device = torch.cuda.device(self._vram.device)
-        with self._going_down, device, torch.cuda.stream(self._down):
-            _wait(self._down, after)
-            for host, rows in _stretches(places, blocks, self._bounds):
+        stretches = _stretches(places, blocks, self._bounds)
+        with self._going_down, self._on(self._down, after):
+            for host, rows in stretches:
                 host.copy_(self._vram.bytes[rows], non_blocking=True)
             return Copies(self._down.record_event(), places)
 
@@ -167,12 +166,23 @@ class Copier:
             for place, block in zip(places, blocks, strict=True):
                 np.copyto(self._host_array[block], np.frombuffer(place, np.uint8))
             return Copies(None, ())
-        device = torch.cuda.device(self._vram.device)
-        with self._going_up, device, torch.cuda.stream(self._up):
-            _wait(self._up, after)
-            for host, rows in _stretches(places, blocks, self._bounds):
+        stretches = _stretches(places, blocks, self._bounds)
+        with self._going_up, self._on(self._up, after):
+            for host, rows in stretches:
                 self._vram.bytes[rows].copy_(host, non_blocking=True)
             return Copies(self._up.record_event(), places)
+
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream, after: Mark) -> Iterator[None]:
+        """Copies go by this stream, after the mark; when one cannot begin, none is left running."""
+        with torch.cuda.device(self._vram.device), torch.cuda.stream(stream):
+            if after is not None:
+                stream.wait_event(after)
+            try:
+                yield
+            except BaseException:
+                stream.synchronize()
+                raise
 
 
 def one_ahead(
@@ -195,8 +205,9 @@ def one_ahead(
                 running[0][1].wait()
                 yield running.popleft()[0]
     finally:
-        for _, copies in running:
-            copies.wait()
+        with ExitStack() as waiting:  # One that fails does not spare the other.
+            for _, copies in running:
+                waiting.callback(copies.wait)
 
 
 def _stretches(
@@ -228,8 +239,3 @@ def _as_tensor(address: int, blocks: int, block_bytes: int) -> torch.Tensor:
     """Memory as [blocks, block_bytes]. By its address: torch warns of what may only be read."""
     there = (ctypes.c_uint8 * (blocks * block_bytes)).from_address(address)
     return torch.frombuffer(there, dtype=torch.uint8).view(blocks, block_bytes)
-
-
-def _wait(stream: torch.cuda.Stream, mark: Mark) -> None:
-    if mark is not None:
-        stream.wait_event(mark)
