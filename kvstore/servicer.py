@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -151,14 +151,13 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
     ) -> None:
         async with self._calls.call("write", context) as call:
             first = await _first(request_iterator, min(BEGIN_S, call.left_s() / 2))
-            if first is None or first.begin is None:
-                await _hear_out(request_iterator)
-                raise InvalidArgument("begin: the first message of a write must carry it")
-            cost = self._write_cost(check_space_id(first.begin.space_id), first.begin)
-            async with self._calls.admitted(call, cost):
+            async with _heard_out(request_iterator):
+                if first is None or first.begin is None:
+                    raise InvalidArgument("begin: the first message of a write must carry it")
+                cost = self._write_cost(check_space_id(first.begin.space_id), first.begin)
+            async with self._calls.admitted(call, cost), _heard_out(request_iterator):
                 offer = await begin_offer(self._node, call.tenant, first.begin)
-                incoming = Incoming(offer, self._node.metrics)
-                try:
+                with closing(Incoming(offer, self._node.metrics)) as incoming:
                     await call.write(pb.WriteReply(offer=pb.WriteOffer(wanted=incoming.wanted)))
                     await _take(incoming, first.parts)
                     async for message in request_iterator:
@@ -167,12 +166,6 @@ class Servicer(kvstore_pb2_grpc.KVStoreServicer):
                         await _take(incoming, message.parts)
                     incoming.finish()
                     await call.write(pb.WriteReply(done=pb.WriteDone(held=incoming.held)))
-                except KvstoreError:
-                    incoming.close()
-                    await _hear_out(request_iterator)
-                    raise
-                finally:
-                    incoming.close()
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseReply:
         async with self._calls.call("release", context) as call:
@@ -319,15 +312,20 @@ async def _first(requests: AsyncIterator[WriteParts], patience_s: float) -> Writ
         raise InvalidArgument(f"begin: it did not come within {patience_s:.1f} s") from None
 
 
-async def _hear_out(requests: AsyncIterator[WriteParts]) -> None:
-    """Lets the caller finish what he is saying, so that he hears why it is refused.
+@asynccontextmanager
+async def _heard_out(requests: AsyncIterator[WriteParts]) -> AsyncGenerator[None, None]:
+    """Lets a caller who is refused finish what he is saying, so that he hears why.
 
     To who is in the middle of a message gRPC shows INTERNAL, and not the status.
     """
-    with suppress(TimeoutError):
-        async with asyncio.timeout(HEAR_OUT_S):
-            async for _ in requests:
-                pass
+    try:
+        yield
+    except KvstoreError:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEAR_OUT_S):
+                async for _ in requests:
+                    pass
+        raise
 
 
 async def _read_replies(blocks: AsyncIterator[Delivered]) -> AsyncGenerator[list[Part], None]:

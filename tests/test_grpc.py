@@ -641,6 +641,21 @@ async def test_an_unknown_space_must_be_opened_first(
     await refused(stub.Discard(pb.DiscardRequest(space_id=space_id, keys=keys)), unknown)
 
 
+async def test_who_says_everything_at_once_hears_why_his_write_is_refused(
+    server: NodeServer, stub: "KVStoreAsyncStub"
+) -> None:
+    """And not that the stream broke, because he was in the middle of a message."""
+    pieces = [piece_of(index % 2, TWO[index % 2]) for index in range(8)]
+    refusals = [
+        (requests_of(TWO, pieces, space_id=bytes(32)), grpc.StatusCode.FAILED_PRECONDITION),
+        (requests_of(TWO, pieces, space_id=bytes(31)), INVALID),
+        (requests_of([bytes(33)], pieces), INVALID),
+    ]
+    for requests, code in refusals:
+        for _ in range(10):
+            await asyncio.gather(*(refused(writing(stub, requests), code) for _ in range(24)))
+
+
 async def test_too_many_keys_are_refused(server: NodeServer, stub: "KVStoreAsyncStub") -> None:
     """65,536 are answered; one more is a mistake of the caller."""
     most, many = bytes(KEY_BYTES * MAX_KEYS), bytes(KEY_BYTES * (MAX_KEYS + 1))
