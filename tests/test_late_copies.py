@@ -50,8 +50,9 @@ class Late(Copies):
 
 
 class LateCopier(Copier):
-    """What it begins is done at the end; `before_each` runs ahead of it."""
+    """What it begins is done at the end; `before_each` runs ahead of it, `before_begin` earlier."""
 
+    before_begin: Callable[[], Any] = staticmethod(lambda: None)
     before_each: Callable[[], Any] = staticmethod(lambda: None)
     begun_blocks = 0
     waiting = 0
@@ -75,6 +76,7 @@ class LateCopier(Copier):
             copy()
             self.waiting -= 1
 
+        self.before_begin()
         self.begun_blocks += blocks
         self.waiting += 1
         self.most_waiting = max(self.most_waiting, self.waiting)
@@ -219,28 +221,35 @@ def test_what_is_abandoned_is_copied_or_not_but_never_read_later(endpoint: str) 
         assert set(worker.wrong()) == set(range(len(tiers), BLOCKS))
 
 
-def test_who_abandons_waits_for_copies_that_are_about_to_begin(endpoint: str) -> None:
-    with closing(Worker(endpoint)) as worker:
-        worker.fill()
-        entered, go_on = threading.Event(), threading.Event()
-        begin = worker.copier.begin_to_host
+class Gate:
+    """Holds up who comes first, until it is opened."""
 
-        def slow(*args: Any, **options: Any) -> Copies:
-            entered.set()
-            assert go_on.wait(60.0)
-            return begin(*args, **options)
+    def __init__(self) -> None:
+        self.entered, self._opened = threading.Event(), threading.Event()
 
-        worker.copier.begin_to_host = slow  # type: ignore[method-assign]
-        worker.offer()
-        assert entered.wait(60.0)
+    def __call__(self) -> None:
+        self.entered.set()
+        assert self._opened.wait(60.0)
+
+    def abandon(self, worker: Worker) -> None:
+        """Abandons a spill that is held up here; nothing is being copied when that returns."""
+        assert self.entered.wait(60.0)
         with ThreadPoolExecutor(1) as pool:
             abandoning = pool.submit(worker.spiller.abandon)
             with pytest.raises(TimeoutError):
                 abandoning.result(0.05)
-            go_on.set()
+            self._opened.set()
             assert abandoning.result(60.0) == [range(BLOCKS)]
         assert worker.copier.waiting == 0
         assert worker.spiller.flush(60.0)
+
+
+def test_who_abandons_waits_for_copies_that_are_about_to_begin(endpoint: str) -> None:
+    with closing(Worker(endpoint)) as worker:
+        worker.fill()
+        worker.copier.before_begin = gate = Gate()
+        worker.offer()
+        gate.abandon(worker)
 
 
 def test_who_abandons_waits_for_both_copies_that_are_under_way(
@@ -249,33 +258,24 @@ def test_who_abandons_waits_for_both_copies_that_are_under_way(
     monkeypatch.setattr(local_transfers, "PART_BYTES", LAYOUT.block_bytes)
     with closing(Worker(endpoint)) as worker:
         worker.fill()
-        entered, go_on = threading.Event(), threading.Event()
+        gate = Gate()
 
         def first() -> None:
             worker.copier.before_each = lambda: None
-            entered.set()
-            assert go_on.wait(60.0)
+            assert worker.copier.waiting == 2
+            gate()
 
         worker.copier.before_each = first
         worker.offer()
-        assert entered.wait(60.0)
-        assert worker.copier.waiting == 2
-        with ThreadPoolExecutor(1) as pool:
-            abandoning = pool.submit(worker.spiller.abandon)
-            with pytest.raises(TimeoutError):
-                abandoning.result(0.05)
-            go_on.set()
-            assert abandoning.result(60.0) == [range(BLOCKS)]
-        assert worker.copier.waiting == 0
-        assert worker.spiller.flush(60.0)
+        gate.abandon(worker)
 
 
 # Steps.
 
 
-def recorded(said: list[str], ends: bool = True) -> Iterator[list[int]]:
+def recorded(said: list[str]) -> Iterator[list[int]]:
     """Steps that say when they are asked for."""
-    for step in ([1], [2, 3], [], [4], *([[]] if ends else [])):
+    for step in ([1], [2, 3], [], [4], []):
         said.append(f"ask {step}")
         yield step
 
